@@ -1,0 +1,145 @@
+"""Speed, memory and accuracy of `mamba.selective_scan`, as ratios to other ways to run the scan.
+
+    python tests/benchmark_scan.py            # about five minutes on two cores
+
+One process; the competitors take turns, every figure is the median of its turns. `loop` is
+`mamba.selective_scan_ref` (Algorithm 2 in eager PyTorch), `lean loop` the same without the
+(B, L, D, N) tensors; mambapy's pscan runs where `pip install mambapy` was done; `associative_scan`
+is torch's higher-order operator in its generic, eager form (the one that works on a CPU).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from mamba import _compiled, selective_scan, selective_scan_ref
+
+SHAPES = [(4, 1024, 128, 16), (8, 256, 128, 16), (1, 4096, 64, 16)]
+
+
+def inputs(B, L, D, N, top=0.1):
+    g = torch.Generator().manual_seed(0)
+    u, B_, C = (torch.randn(B, L, d, generator=g) for d in (D, N, N))
+    dt = torch.rand(B, L, D, generator=g) * top + 1e-4
+    A, skip = -torch.arange(1.0, N + 1).repeat(D, 1), torch.ones(D)
+    return [x.requires_grad_() for x in (u, dt, A, B_, C, skip)]
+
+
+def loop(*a):
+    return selective_scan_ref(*a)[0]
+
+
+def lean_loop(u, dt, A, B, C, D):
+    h, ys = u.new_zeros(u.shape[0], *A.shape), []
+    for x, s, b, c in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1)):
+        h = torch.exp(s[..., None] * A) * h + (s * x)[..., None] * b[:, None]
+        ys.append((h * c[:, None]).sum(-1))
+    return torch.stack(ys, 1) + D * u
+
+
+def discretised(u, dt, A, B):
+    return torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None]
+
+
+def mambapy_scan(u, dt, A, B, C, D):
+    from mambapy.pscan import pscan
+
+    return (pscan(*discretised(u, dt, A, B)) @ C[..., None])[..., 0] + D * u
+
+
+def associative(u, dt, A, B, C, D):
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    a, b = discretised(u, dt, A, B)
+    join = lambda p, q: (q[0] * p[0], q[0] * p[1] + q[1])  # noqa: E731
+    _, h = associative_scan(join, (a, b), 1, combine_mode="generic")
+    return (h @ C[..., None])[..., 0] + D * u
+
+
+def forward(scan, a):
+    with torch.no_grad():
+        scan(*a)
+
+
+def both(scan, a):
+    torch.autograd.grad(scan(*a).sum(), a)
+
+
+def medians(jobs, turns):
+    """{name: job} -> {name: median seconds}, the jobs taking turns."""
+    times = {name: [] for name in jobs}
+    for turn in range(turns + 1):
+        for name, job in jobs.items():
+            t0 = time.perf_counter()
+            job()
+            if turn:  # the first turn warms up
+                times[name].append(time.perf_counter() - t0)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def kept(a):
+    """Bytes held for the backward, over the bytes of the inputs."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        selective_scan(*a)
+    return sum(sizes.values()) / sum(x.numel() * x.element_size() for x in a)
+
+
+def error(top):
+    """Largest error of the output and of all gradients against float64, relative to the largest."""
+    a = inputs(2, 300, 32, 16, top)
+    wide = [x.detach().double().requires_grad_() for x in a]
+    y, y64 = selective_scan(*a), loop(*wide)
+    pairs = [(y, y64)]
+    pairs += zip(torch.autograd.grad(y.sum(), a), torch.autograd.grad(y64.sum(), wide))
+    return max(((p - q).abs().max() / q.abs().max()).item() for p, q in pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rivals = {"loop": loop, "lean loop": lean_loop, "associative_scan": associative}
+    try:
+        import mambapy.pscan  # noqa: F401
+
+        rivals["mambapy"] = mambapy_scan
+    except ImportError:
+        print("mambapy is not installed: its column is left out")
+    print(f"torch {torch.__version__}, {args.threads} threads; ratios: rival / selective_scan")
+    t0 = time.perf_counter()
+    a = inputs(*SHAPES[0])
+    both(selective_scan, a)
+    print(f"first forward and backward with compilation: {time.perf_counter() - t0:.1f} s")
+    for shape in SHAPES:
+        a = inputs(*shape)
+        for name, how in (("forward", forward), ("forward + backward", both)):
+            jobs = {k: lambda f=f, how=how, a=a: how(f, a) for k, f in rivals.items()}
+            jobs["ours"] = lambda how=how, a=a: how(selective_scan, a)
+            t = medians(jobs, args.turns)
+            ratios = " | ".join(f"{k} {t[k] / t['ours']:.1f}x" for k in rivals)
+            print(f"{shape} {name:18s} {t['ours'] * 1e3:7.1f} ms | {ratios}")
+        print(f"{shape} kept for the backward: {kept(a):.2f} x the inputs")
+    scale = {L: inputs(1, L, 64, 16) for L in [2**k for k in range(9, 15)]}
+    t = medians({L: lambda a=a: both(selective_scan, a) for L, a in scale.items()}, args.turns)
+    growth = [t[2 * L] / t[L] for L in scale if 2 * L in t]
+    print("time(2L) / time(L), L = 512 .. 8192:", " ".join(f"{g:.2f}" for g in growth))
+    for top in (1e-4, 1e-2, 1.0, 50.0):
+        print(f"dt up to {top}: error against float64 {error(top):.1e}")
+    _compiled.cache_clear()
+
+
+if __name__ == "__main__":
+    main()
