@@ -25,7 +25,7 @@ Differs  B_bar = dt B, the first-order form that the official code uses, not the
          not 400,000, and sequences that grow in training: it has to end in minutes. Its LTI model
          keeps gate and convolution (Table 1's "Mamba block + S4"); its SSM is real and diagonal.
 Run      python mamba.py                           # selective copying, some 5 minutes on 2 cores
-         python mamba.py --task induction          # Table 2's task; accuracy from 64 to 65,536 tokens
+         python mamba.py --task induction          # Table 2: accuracy from 64 to 65,536 tokens
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
 Expect   copying, seeds 0-2: selective .9992 +- .0007 | LTI .694 +- .029 | chance .071 | paper .998
          and .564. lm, tinyshakespeare, seed 0: 1.55 nats per byte (2.24 bits) on the held-out tail,
