@@ -365,3 +365,8 @@ def test_target_decides_the_exit_status(tmp_path):
     out = ["--out", str(tmp_path)]
     assert mamba.main([*QUICK, *out, "--target", "2"]) == 1
     assert mamba.main([*QUICK, *out, "--target", "0"]) == 0
+
+
+@pytest.mark.results
+def test_readme_figure_still_holds(tmp_path):
+    assert mamba.main(["--out", str(tmp_path), "--target", ".998"]) == 0

@@ -1,0 +1,693 @@
+"""ViT: an image cut into patches, read as words by an unchanged Transformer encoder.
+
+Paper    An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale -- Alexey
+         Dosovitskiy, Lucas Beyer, Alexander Kolesnikov et al., October 2020, arXiv:2010.11929v2
+         and its recipe without pre-training, DeiT -- Hugo Touvron et al., arXiv:2012.12877v2
+Idea     Attention between all pixels is too dear, between 16 x 16 patches it isn't. Nothing but the
+         cut and the positions knows that the input is an image. What a CNN has built in, a ViT
+         learns: from more data, or, DeiT, from strong augmentation and regularisation.
+Figure   (Figure 1; one of `depth` equal layers)
+
+         image (B, C, H, W)
+           | patchify: N = H W / P^2 patches          class token (1, 1, D)
+         x_p (B, N, C P^2) -- E --> (B, N, D) -- concat --+ (B, N + 1, D) + pos_embed
+                                                          |
+           +----------------------------------------------+ z (B, N + 1, D)
+           |-- LayerNorm -- attention, h heads, A (B, h, N + 1, N + 1) -- + --+
+           |                                                                  |
+           +-- LayerNorm -- MLP, GELU, 4 D wide ------------------------- + --+--> next layer
+         ... last: LayerNorm -- token 0 (B, D) -- head --> logits (B, K)
+Symbols  z | z | tokens (B, N + 1, D)              x_p | x_p | flat patches (B, N, C P^2)
+         E | E | patch embedding (D, C P^2)         pos_embed | E_pos | positions (1, N + 1, D)
+         q, k, v | q, k, v | (B, h, N + 1, D_h)     A | A | attention weights (B, h, N + 1, N + 1)
+         dim, heads, depth | D, k, L                R | - | attention rollout (B, N + 1, N + 1)
+Differs  One linear layer as the head (the paper's for fine-tuning), not the MLP of pre-training.
+         Stochastic depth, MixUp, CutMix, RandAugment, smoothing, distillation are DeiT's; decay
+         leaves out biases, norms, tokens and positions. The demo: 1,167 images and not ImageNet.
+         The paper just says that positions are interpolated; here bicubic with antialias.
+Run      python vit.py                     # three models on canvas digits, 4 minutes, one core
+         python vit.py --data mnist.npz --patch-size 4 --steps 20000 --save mnist.pt
+         python vit.py --data cifar10.npz --patch-size 4 --dim 96 --depth 6 --flip 1 --mixup 0.8
+                --cutmix 1 --steps 9000 --save cifar.pt   # long, as above; not measured
+         python vit.py --load deit_tiny.pth --data FOLDER     # official weights: where they look
+Expect   Test accuracy on 1,500 canvases of 500 digits never trained on: chance .100, raw-pixel k-NN
+         .341; regularised ViT .726 (seed 0 alone; plain ViT, CNN and three seeds: not measured).
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- 1. Encoder: multi-head self-attention and MLP, pre-norm (Section 3.1, Appendix A) ----
+
+
+class Attention(nn.Module):
+    """MSA, (B, N, D) -> (B, N, D). The rows of `qkv` are q, k, v, and head by head within each."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, weights: list | None = None) -> Tensor:
+        """A (B, h, N, N) goes into the list `weights`, if there is one."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, D_h)  Eq. 5
+        if weights is None:
+            y = F.scaled_dot_product_attention(q, k, v)  # Eq. 6 and 7, fused
+        else:
+            A = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(D // self.heads), -1)  # Eq. 6
+            weights.append(A)
+            y = A @ v  # Eq. 7
+        return self.drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))  # Eq. 8
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): drops whole samples of x (B, N, D), keeps the mean."""
+    if rate == 0 or not training:
+        return x
+    return x * (torch.rand(x.shape[0], 1, 1, device=x.device) >= rate) / (1 - rate)
+
+
+class Block(nn.Module):
+    """One layer: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads, mlp_ratio=4.0, dropout=0.0, drop_path=0.0):
+        super().__init__()
+        hidden, self.rate = int(dim * mlp_ratio), drop_path
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, dropout)
+        mlp = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "drop1": nn.Dropout(dropout)}
+        mlp |= {"fc2": nn.Linear(hidden, dim), "drop2": nn.Dropout(dropout)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
+
+    def forward(self, z: Tensor, weights: list | None = None) -> Tensor:
+        z = z + drop_path(self.attn(self.norm1(z), weights), self.rate, self.training)  # Eq. 2
+        return z + drop_path(self.mlp(self.norm2(z)), self.rate, self.training)  # Eq. 3
+
+
+# ---- 2. Images as tokens (Section 3.1, Eq. 1; hybrid: "Hybrid Architecture") ----
+
+
+def pair(x) -> tuple[int, int]:
+    return (x, x) if isinstance(x, int) else tuple(x)
+
+
+def patchify(x: Tensor, patch) -> Tensor:
+    """x (B, C, H, W) -> x_p (B, N, C p q): patches row by row, each flattened channel first."""
+    (B, C, H, W), (p, q) = x.shape, pair(patch)
+    x = x.reshape(B, C, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/q, C, p, q)
+    return x.reshape(B, (H // p) * (W // q), C * p * q)
+
+
+def conv_net(C: int, layers=((64, 2), (64, 2), (64, 2))) -> nn.Sequential:
+    """3 x 3 convolutions of (width, stride) each, the stem of a hybrid, or a small CNN's body.
+
+    x (B, C, H, W) -> (B, width, H / strides, W / strides). GroupNorm as in the paper's ResNets.
+    """
+    net = nn.Sequential()
+    for width, stride in layers:
+        conv = nn.Conv2d(C, width, 3, stride, 1, bias=False)
+        net.extend([conv, nn.GroupNorm(8, width), nn.ReLU()])
+        C = width
+    return net
+
+
+class PatchEmbed(nn.Module):
+    """x (B, C, H, W) -> x_p E (B, N, D). E is stored as the convolution that checkpoints have."""
+
+    def __init__(self, channels: int, patch, dim: int, backbone: nn.Module | None = None):
+        super().__init__()
+        self.backbone = backbone or nn.Identity()
+        self.proj = nn.Conv2d(channels, dim, pair(patch), stride=pair(patch))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_p, E = patchify(self.backbone(x), self.proj.kernel_size), self.proj.weight.flatten(1)
+        return F.linear(x_p, E, self.proj.bias)
+
+
+def resize_pos_embed(pos: Tensor, grid, new_grid, prefix: int = 1) -> Tensor:
+    """pos (1, prefix + h w, D) learned for grid (h, w) -> the same for new_grid (Section 3.2).
+
+    Bicubic with antialias, as timm; DeiT and MAE use torch's plain bicubic (another kernel, up to
+    8 % apart). The first `prefix` rows belong to tokens without a place and stay. Slicing
+    pos[:, :n] instead gives every patch but those of the first row a wrong place, silently.
+    """
+    if pos.shape[1] != prefix + math.prod(pair(grid)):
+        raise ValueError(f"{pos.shape[1]} positions are not {prefix} + those of grid {grid}")
+    places = pos[:, prefix:].float().cpu().transpose(1, 2).unflatten(2, pair(grid))  # (1, D, h, w)
+    places = F.interpolate(places, pair(new_grid), mode="bicubic", antialias=True)
+    return torch.cat([pos[:, :prefix], places.flatten(2).transpose(1, 2).to(pos)], 1)
+
+
+# ---- 3. The Vision Transformer ----
+
+
+class ViT(nn.Module):
+    """Images (B, in_chans, H, W) -> logits (B, num_classes); num_classes=0: features (B, D).
+
+    image_size, patch_size: an int or a pair (height, width); the patch has to divide the image.
+    pool: "cls" (Eq. 4) or "mean" over the patches (Appendix D.3; `fc_norm` then replaces `norm`, as
+    in MAE and timm, and class_token=False leaves the token out). stem: a CNN whose feature map
+    takes the image's place (hybrid); patch_size then counts its pixels. distilled: DeiT's second
+    token and head; in training the output is the pair of logits, in evaluation their mean.
+    dropout: after the embedding and each dense layer but qkv (Appendix B.1). drop_path: the rate of
+    the last layer, linear from 0. Names and shapes are those of timm, DeiT, DINO and MAE.
+    """
+
+    def __init__(
+        self, image_size=224, patch_size=16, in_chans=3, num_classes=1000, dim=768, depth=12,
+        heads=12, mlp_ratio=4.0, pool="cls", class_token=True, distilled=False, stem=None,
+        dropout=0.0, drop_path=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        if not (pool == "cls" and class_token or pool == "mean" and not distilled):
+            raise ValueError('pool must be "cls" with a class token or "mean" without distillation')
+        self.image_shape, (p, q) = (in_chans, *pair(image_size)), pair(patch_size)
+        C, H, W = self.image_shape
+        if stem is not None:
+            with torch.no_grad():
+                C, H, W = stem(torch.zeros(1, C, H, W)).shape[1:]
+        if min(p, q) < 1 or H % p or W % q:
+            raise ValueError(f"patches of {p} x {q} don't tile an image of {H} x {W}")
+        self.grid, self.prefix = (H // p, W // q), int(class_token) + int(distilled)
+        self.pool, self.distilled = pool, distilled
+        self.patch_embed = PatchEmbed(C, patch_size, dim, stem)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if distilled else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + H // p * (W // q), dim))
+        self.pos_drop = nn.Dropout(dropout)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, dropout, r) for r in rates)
+        norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm, self.fc_norm = (norm, None) if pool == "cls" else (nn.Identity(), norm)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.head_dist = nn.Linear(dim, num_classes) if distilled and num_classes else None
+        self.init_weights()
+
+    def init_weights(self):
+        """As the official JAX code: Xavier for q, k, v and MLP, LeCun for E, the heads zero."""
+        for name, p in self.named_parameters():
+            if name in ("pos_embed", "dist_token"):
+                nn.init.normal_(p, std=0.02)
+            elif name.startswith("head") or name.endswith("bias"):
+                nn.init.zeros_(p)  # a zero head: the first loss is ln K, whatever the image
+            elif name.startswith("blocks") and p.ndim == 2:
+                for w in p.chunk(3) if "qkv" in name else [p]:  # three square matrices, not one
+                    nn.init.xavier_uniform_(w)
+        E = self.patch_embed.proj.weight
+        nn.init.trunc_normal_(E, std=E[0].numel() ** -0.5)
+
+    def forward_features(self, x: Tensor, weights: list | None = None) -> Tensor:
+        """x (B, C, H, W) -> tokens [cls, dist, patches] of the last layer (B, prefix + N, D)."""
+        if tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"images are {tuple(x.shape[1:])}, the model wants {self.image_shape}")
+        tokens = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        z = [t.expand(x.shape[0], -1, -1) for t in tokens] + [self.patch_embed(x)]
+        z = self.pos_drop(torch.cat(z, 1) + self.pos_embed)  # (B, prefix + N, D)  Eq. 1
+        for block in self.blocks:
+            z = block(z, weights)
+        return self.norm(z)
+
+    def forward(self, x: Tensor):
+        z = self.forward_features(x)
+        if self.distilled:
+            y, y_dist = self.head(z[:, 0]), (self.head_dist or self.head)(z[:, 1])
+            return (y, y_dist) if self.training else (y + y_dist) / 2
+        if self.pool == "mean":
+            return self.head(self.fc_norm(z[:, self.prefix :].mean(1)))
+        return self.head(z[:, 0])  # Eq. 4
+
+    @torch.no_grad()
+    def attention(self, x: Tensor) -> list[Tensor]:
+        """x (B, C, H, W) -> for every layer A (B, h, prefix + N, prefix + N); rows sum to one."""
+        weights: list[Tensor] = []
+        self.forward_features(x, weights)
+        return weights
+
+    @classmethod
+    def from_state_dict(cls, w: dict, image_size=None, heads=None, **kwargs) -> "ViT":
+        """The model that fits these weights of timm, DeiT ({"model": ...}), DINO or MAE, with them.
+
+        Another image_size than theirs resizes the positions. The number of heads leaves no trace in
+        weights: 16 at D = 1280, else D / 64, if it isn't given.
+        """
+        w = next((w[k] for k in ("model", "state_dict", "teacher") if k in w), w)
+        w = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in w.items()}
+        other = ("decoder_", "mask_token", "head.mlp", "head.last_layer")  # of MAE and DINO
+        w = {k: v for k, v in w.items() if not k.startswith(other)}
+        if not {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} <= set(w):
+            raise ValueError("these are no weights of a ViT")
+        (dim, C, *patch), head = w["patch_embed.proj.weight"].shape, w.get("head.weight", ())
+        cls_, dist = "cls_token" in w, "dist_token" in w
+        side = math.isqrt(w["pos_embed"].shape[1] - cls_ - dist)  # of a square grid
+        model = cls(
+            image_size or (side * patch[0], side * patch[1]), patch, C, len(head), dim,
+            depth=1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks.")),
+            heads=heads or (16 if dim == 1280 else max(1, dim // 64)),
+            mlp_ratio=len(w["blocks.0.mlp.fc1.weight"]) / dim,
+            pool="mean" if "fc_norm.weight" in w else "cls",
+            class_token=cls_, distilled=dist, **kwargs,
+        )  # fmt: skip
+        if len(w["pos_embed"][0]) == side**2 + cls_ + dist and model.grid != (side, side):
+            w["pos_embed"] = resize_pos_embed(w["pos_embed"], side, model.grid, cls_ + dist)
+        model.load_state_dict(w)
+        return model
+
+
+# The paper's sizes (Table 1; Ti and S from DeiT). All keywords of ViT can be given or overridden.
+ViT_Ti16 = partial(ViT, patch_size=16, dim=192, depth=12, heads=3)
+ViT_S16 = partial(ViT, patch_size=16, dim=384, depth=12, heads=6)
+ViT_B16 = partial(ViT, patch_size=16, dim=768, depth=12, heads=12)
+ViT_L16 = partial(ViT, patch_size=16, dim=1024, depth=24, heads=16)
+ViT_H14 = partial(ViT, patch_size=14, dim=1280, depth=32, heads=16)
+
+
+def attention_rollout(weights: list[Tensor]) -> Tensor:
+    """A (B, h, N, N) of every layer -> what each output saw of each input (B, N, N) (Figure 6).
+
+    arXiv:2005.00928: mean over heads, residual as half: R = A_L' ... A_1', A' = (A + I) / 2.
+    """
+    R = I = torch.eye(weights[0].shape[-1], device=weights[0].device)
+    for A in weights:
+        R = (A.mean(1) + I) / 2 @ R
+    return R
+
+
+# ---- 4. Objective ----
+
+
+# Classification: F.cross_entropy(logits (B, K), target), target (B,) or, smoothed or mixed, (B, K).
+
+
+def hard_distillation_loss(outputs, target: Tensor, teacher_logits: Tensor) -> Tensor:
+    """DeiT (arXiv:2012.12877) Eq. 3. outputs: the two (B, K) that a distilled model trains with."""
+    y, y_dist = outputs
+    y_t = teacher_logits.argmax(-1)  # hard decision, which no gradient passes
+    return F.cross_entropy(y, target) / 2 + F.cross_entropy(y_dist, y_t) / 2
+
+
+# ---- 5. Training without pre-training: augmentation of a batch, in plain torch ----
+
+
+def rand_augment(x: Tensor, ops: int = 2, magnitude: float = 0.5, flip: bool = False) -> Tensor:
+    """RandAugment (arXiv:1909.13719): images x (B, C, H, W) in [0, 1] -> the same.
+
+    Each gets `ops` of eleven operations, random in strength up to `magnitude` (0..1), and is moved
+    by up to an eighth; `flip` mirrors every second. One warp at the end does all geometry.
+    """
+    B = len(x)
+    M = torch.eye(3).repeat(B, 1, 1)  # output place -> input place, both in [-1, 1]
+    M[:, :2, 2] = (2 * torch.rand(B, 2) - 1) / 4
+    if flip:
+        M[:, 0, 0] = 2.0 * torch.randint(0, 2, (B,)) - 1
+    for _ in range(ops):
+        kind, s = torch.randint(0, 11, (B,)), (2 * torch.rand(B) - 1) * magnitude
+        G = torch.zeros(B, 3, 3)  # exp(G) is the map
+        for k, (i, j) in enumerate([(0, 1), (1, 0), (0, 2), (1, 2)]):  # shear x, y, translate x, y
+            G[:, i, j] = 0.6 * s * (kind == k)
+        G[:, 0, 1] -= s * (kind == 4)  # rotate, by up to one radian
+        G[:, 1, 0] += s * (kind == 4)
+        M = M @ torch.matrix_exp(G)
+        k, s = kind.view(B, 1, 1, 1).to(x.device), s.view(B, 1, 1, 1).to(x)
+        mean, grey = x.mean((1, 2, 3), keepdim=True), x.mean(1, keepdim=True)
+        levels = (8 * (1 - s.abs())).round().clamp(min=2)
+        x = torch.where(k == 5, x * (1 + s), x)  # brightness
+        x = torch.where(k == 6, mean + (x - mean) * (1 + s), x)  # contrast
+        x = torch.where(k == 7, grey + (x - grey) * (1 + s), x)  # saturation
+        x = torch.where((k == 8) & (x > 1 - s.abs()), 1 - x, x)  # solarise
+        x = torch.where(k == 9, (x * levels).round() / levels, x).clamp(0, 1)  # posterise; 10: none
+    grid = F.affine_grid(M[:, :2].to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def mix(x: Tensor, target: Tensor, mixup: float = 0.8, cutmix: float = 1.0):
+    """MixUp (arXiv:1710.09412) or CutMix (1905.04899), by a coin where both alphas are > 0.
+
+    x (B, C, H, W), target (B, K): each image is blended with another, or a box of it is pasted in;
+    the image's own share is Beta(alpha, alpha). The targets mix as the pixels do.
+    """
+    if not mixup and not cutmix:
+        return x, target
+    (B, _, H, W), other = x.shape, torch.randperm(len(x)).to(x.device)
+    cut = bool(cutmix) and (not mixup or bool(torch.rand(()) < 0.5))
+    alpha = torch.tensor(float(cutmix if cut else mixup))
+    keep = torch.distributions.Beta(alpha, alpha).sample((B, 1, 1, 1))  # the image's own share
+    if cut:
+        cy, cx = torch.rand(2, B, 1, 1, 1)
+        ys, xs = (torch.arange(H)[:, None] + 0.5) / H, (torch.arange(W) + 0.5) / W
+        half = (1 - keep).sqrt() / 2
+        keep = 1 - (((ys - cy).abs() < half) & ((xs - cx).abs() < half)).float()  # (B, 1, H, W)
+    keep = keep.to(x.device)
+    share = keep.mean((2, 3))  # (B, 1): the border may have cut the box, so its pixels are counted
+    return keep * x + (1 - keep) * x[other], share * target + (1 - share) * target[other]
+
+
+# ---- 6. Data: a batch is a function of (seed, step), so a resumed run sees what it would have ----
+
+
+def canvas_digits(x: Tensor, seed: int) -> Tensor:
+    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3), each pasted once.
+
+    It is enlarged to 14-22 pixels, turned by up to 15 degrees, painted in a bright random colour
+    and put at a random place of a dark canvas with some noise.
+    """
+    g, N = torch.Generator().manual_seed(seed), len(x)
+    share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
+    place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
+    angle = (2 * torch.rand(N, generator=g) - 1) * math.pi / 12
+    A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
+    grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
+    ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
+    colour = torch.rand(N, 3, 1, 1, generator=g)
+    colour = colour / colour.amax(1, keepdim=True)
+    x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
+    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def load_data(path: str) -> list[Tensor]:
+    """A Keras-style npz, or digits -> x_train uint8 (N, H, W, C), y_train (N,), x_test, y_test."""
+    if path == "digits":
+        from sklearn.datasets import load_digits
+
+        x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
+        x, y = x.view(-1, 8, 8).float() / 16, y.long()  # the test: digits 1297 on, three times each
+        test = canvas_digits(x[1297:].repeat(3, 1, 1), 1)
+        return [canvas_digits(x[:1297], 0), y[:1297], test, y[1297:].repeat(3)]
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
+    y, y_test = y.reshape(len(x), -1)[:, 0], y_test.reshape(len(x_test), -1)[:, 0]
+    good = x.dtype == x_test.dtype == np.uint8 and x.shape[3:] in ((), (1,), (3,)) and len(x_test)
+    good = good and x.ndim > 2 and x.shape[1:] == x_test.shape[1:] and y_test.max() <= y.max()
+    if not good or {y.dtype.kind, y_test.dtype.kind} - {"i", "u"} or min(y.min(), y_test.min()) < 0:
+        raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
+    x, x_test = (torch.from_numpy(a).reshape(*a.shape[:3], -1) for a in (x, x_test))
+    return [x, torch.tensor(y.astype("i8")), x_test, torch.tensor(y_test.astype("i8"))]
+
+
+def load_images(path: str) -> list[Tensor]:
+    """The first eight images of a folder (jpg, png) or npy file -> uint8 (1, H, W, 1 or 3) each."""
+    import matplotlib.image
+    import numpy as np
+
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    names = [n for n in names if n.lower().endswith((".jpg", ".jpeg", ".png"))][:8]
+    images = [matplotlib.image.imread(os.path.join(path, n)) for n in names]
+    images = images or list(np.load(path, allow_pickle=False)[:8])  # a folder without any: an error
+    images = [i if i.dtype == np.uint8 else (i * 255).astype("uint8") for i in images]
+    return [torch.tensor(i).reshape(1, *i.shape[:2], -1)[..., :3] for i in images]
+
+
+def to_float(x: Tensor, model=None) -> Tensor:
+    """uint8 (B, H, W, C) -> (B, C, H, W) in [0, 1], in the size and the channels of a ViT."""
+    x = x.permute(0, 3, 1, 2) / 255
+    if isinstance(model, ViT) and x.shape[1:] != model.image_shape:
+        C, *size = model.image_shape
+        x = x.mean(1, keepdim=True) if C == 1 else x
+        x = F.interpolate(x, size, mode="bilinear", antialias=True).expand(-1, C, -1, -1)
+    return x
+
+
+def normalise(x: Tensor, pixels: str = "half") -> Tensor:
+    """[0, 1] -> [-1, 1], as in the paper's code, or ImageNet's units, as DeiT, DINO and MAE."""
+    imagenet = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    mean, sd = x.new_tensor(imagenet if pixels == "imagenet" else [[0.5], [0.5]]).view(2, -1, 1, 1)
+    return (x - mean) / sd
+
+
+# ---- 7. Training ----
+
+
+def build(args, x: Tensor, y: Tensor):
+    """-> models, optimizers, recipes by name: `plain` is `regularised` with every switch at 0."""
+    (H, W, C), K, models, optimizers, recipes = x.shape[1:], int(y.max()) + 1, {}, {}, {}
+    for name in args.models.split(","):
+        torch.manual_seed(args.seed)
+        r = {k: getattr(args, k) if name == "regularised" else 0 for k in RECIPE}
+        if name == "cnn":  # the opponent, of as many parameters and milliseconds as the demo's ViT
+            net = conv_net(C, ((32, 2), (64, 2), (128, 2), (128, 1)))
+            model = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, K))
+        else:
+            model = ViT((H, W), args.patch_size, C, K, args.dim, args.depth, args.heads,
+                        pool=args.pool, dropout=r["dropout"], drop_path=r["drop_path"])  # fmt: skip
+        models[name], recipes[name] = model.to(args.device), r
+        groups = {True: [], False: []}  # matrices and filters decay; biases, norms, tokens don't
+        for p in model.parameters():
+            groups[p.ndim in (2, 4)].append(p)
+        groups = [{"params": p, "weight_decay": k * r["weight_decay"]} for k, p in groups.items()]
+        optimizers[name] = torch.optim.AdamW(groups, args.lr)
+    return models, optimizers, recipes
+
+
+def train(models, optimizers, recipes, data, args, start=0, history=()):
+    """Trains all on the same batches -> last step, [(step, name, loss, val acc)], stopped."""
+    from tqdm import tqdm
+
+    x_train, y_train, x_val, y_val = data
+    K, warmup = int(y_train.max()) + 1, max(1, args.warmup * args.steps)
+    history, stop, step, t0 = list(history), [], start, time.time()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    for step in tqdm(range(start + 1, args.steps + 1), disable=None):
+        g, losses = torch.Generator().manual_seed(args.seed * 10**10 + step), []
+        rows = torch.randint(len(x_train), (args.batch_size,), generator=g).to(x_train.device)
+        rate = min(1.0, step / warmup) * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for name, model in models.items():
+            model.train()
+            torch.manual_seed(args.seed * 10**10 + step)  # for augmentation, dropout and drop_path
+            r, x = recipes[name], to_float(x_train[rows])
+            target = F.one_hot(y_train[rows], K) * (1 - r["smoothing"]) + r["smoothing"] / K
+            if r["augment"]:
+                x = rand_augment(x, r["augment"], r["magnitude"], r["flip"])
+            x, target = mix(x, target, r["mixup"], r["cutmix"])
+            loss = F.cross_entropy(model(normalise(x)), target)
+            losses.append(loss.item())
+            for group in optimizers[name].param_groups:
+                group["lr"] = args.lr * rate
+            optimizers[name].zero_grad(); loss.backward()  # fmt: skip
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Appendix B.1
+            if not math.isfinite(losses[-1] + norm):
+                raise FloatingPointError(f"{name}: loss {losses[-1]} or gradient at step {step}")
+            optimizers[name].step()
+        if stop or step % args.log_every == 0 or step == args.steps:
+            val = [(predict(m, x_val) == y_val).float().mean().item() for m in models.values()]
+            history += [(step, *row) for row in zip(models, losses, val)]
+            now = [f"{n} loss {l:.3f} val acc {a:.3f}" for n, l, a in zip(models, losses, val)]
+            ms = (time.time() - t0) / (step - start) * 1e3
+            tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now, f"{ms:.0f} ms/step"]))
+            if args.save:
+                save(args, models, optimizers, step, history)
+        if stop:
+            break
+    signal.signal(signal.SIGINT, before)
+    return step, history, bool(stop)
+
+
+def save(args, models, optimizers, step, history):
+    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
+    state = {"script": "vit", "args": vars(args), "step": step, "history": history}
+    state["models"] = {name: m.state_dict() for name, m in models.items()}
+    state["optimizers"] = {name: o.state_dict() for name, o in optimizers.items()}
+    torch.save(state, args.save + ".tmp")
+    os.replace(args.save + ".tmp", args.save)
+
+
+# ---- 8. Evaluation and picture ----
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, pixels: str = "half") -> Tensor:
+    """Images x uint8 (N, H, W, C) -> classes (N,)."""
+    model.eval()
+    xs = (normalise(to_float(part, model), pixels) for part in x.split(256))
+    return torch.cat([model(x).argmax(-1) for x in xs])
+
+
+@torch.no_grad()
+def draw_picture(args, model: ViT, x: Tensor, truth, history=()):
+    """Curves, filters, similarity of positions, rollout of images x (n, C, H, W) in [0, 1]."""
+    from matplotlib.figure import Figure  # without pyplot no window is opened
+
+    fig = Figure(figsize=(13, 7.5), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1.15, 1])
+    a, b, c = top.subplots(1, 3)
+    for name in dict.fromkeys(h[1] for h in history):
+        a.plot(*zip(*[(h[0], h[3]) for h in history if h[1] == name]), ".-", label=name)
+    a.set(title="accuracy on held-out training images", xlabel="step", ylim=(0, 1.02))
+    a.legend() if history else a.set_visible(False)
+    E = model.patch_embed.proj.weight.float().cpu()  # (D, C, p, q)
+    V = torch.linalg.svd(E.flatten(1), full_matrices=False).Vh[:28].unflatten(1, E.shape[1:])
+    V = F.pad(V / V.abs().amax((1, 2, 3), keepdim=True), (1,) * 4, value=1.0) / 2 + 0.5
+    V = torch.cat([V, V.new_ones(-len(V) % 7, *V.shape[1:])]).unflatten(0, (-1, 7))
+    V = V.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # seven filters to a row of the image
+    b.imshow(V if V.shape[2] == 3 else V[..., 0], cmap="gray")
+    b.set(title="filters: principal components of E (Fig. 7, left)", xticks=[], yticks=[])
+    (h, w), n = model.grid, model.prefix
+    pos = F.normalize(model.pos_embed[0, n:].float().cpu(), dim=-1)
+    maps = F.pad((pos @ pos.T).view(h, w, h, w), (0, 1, 0, 1), value=math.nan)
+    top.colorbar(c.imshow(maps.transpose(1, 2).flatten(2).flatten(0, 1), vmin=-1, vmax=1), ax=c)
+    c.set(title="cosine of positions, by patch (Fig. 7, centre)", xticks=[], yticks=[])
+    inputs = normalise(x, args.pixels)
+    R = attention_rollout(model.eval().attention(inputs))  # (n, N, N)
+    R = (R[:, 0, n:] if model.pool == "cls" else R[:, n:, n:].mean(1)).view(-1, 1, h, w)
+    R = F.interpolate(R / R.amax((2, 3), keepdim=True), x.shape[2:], mode="bilinear")
+    guess = model(inputs).argmax(-1).tolist() if isinstance(model.head, nn.Linear) else "-" * 8
+    axes = bottom.subplots(2, len(x), squeeze=False)
+    bottom.suptitle("images with answer (truth), and where it looked: attention rollout (Fig. 6)")
+    for i, image in enumerate(x):
+        for axis in axes[:, i]:
+            axis.imshow(image.permute(1, 2, 0).cpu(), cmap="gray", vmin=0, vmax=1)
+            axis.axis("off")
+        axes[1, i].imshow(R[i, 0].cpu(), cmap="inferno", alpha=0.6)
+        axes[0, i].set_title(f"{guess[i]} ({truth[i]})")
+    fig.savefig(os.path.join(args.out, "vit.png"), dpi=80)
+
+
+# ---- 9. Command line ----
+
+RECIPE = {  # what the regularised ViT has and the plain one has not: default, least, most, meaning
+    "augment": (1, 0, 99, "RandAugment operations per image (DeiT: 2)"),
+    "magnitude": (0.5, 0, 1, "their strength (DeiT: 0.9)"),
+    "flip": (0, 0, 1, "1: mirror every second image, which digits don't bear (DeiT: 1)"),
+    "mixup": (0.0, 0, 99, "MixUp's alpha (DeiT: 0.8)"),
+    "cutmix": (0.0, 0, 99, "CutMix's alpha (DeiT: 1)"),
+    "smoothing": (0.1, 0, 0.99, "label smoothing (DeiT: 0.1)"),
+    "drop_path": (0.0, 0, 0.99, "stochastic depth (DeiT: 0.1)"),
+    "dropout": (0.0, 0, 0.99, "dropout (paper: 0.1, DeiT: 0)"),
+    "weight_decay": (0.05, 0, 99, "decoupled weight decay (paper: 0.03 to 0.3, DeiT: 0.05)"),
+}
+DEFAULTS = {
+    "seed": (0, 0, 10**8, "of weights, batches, augmentation"),
+    "log_every": (100, 1, math.inf, "steps between log lines"),
+    "steps": (2000, 1, math.inf, "paper: 300 epochs of ImageNet"),
+    "batch_size": (64, 1, math.inf, "paper: 4096"),
+    "lr": (2e-3, 1e-12, 1e32, "peak rate (paper: 3e-3)"),
+    "warmup": (0.05, 0, 1, "share of the steps over which the rate rises, 0: none"),
+    "patch_size": (8, 1, math.inf, "pixels (paper: 14, 16 or 32 of 224)"),
+    "dim": (64, 1, math.inf, "width D (paper: 768 to 1280)"),
+    "depth": (4, 1, math.inf, "layers (paper: 12 to 32)"),
+    "heads": (4, 1, math.inf, "attention heads (paper: 12 or 16); official weights: D / 64"),
+    **RECIPE,
+}
+
+
+def parse(argv):
+    """-> args, checkpoint or {}, data, model(s). Bad input: one line on stderr, exit 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--data", help="digits (default) or FILE.npz; with --load also an image folder or .npy")
+    flag("--models", help="default regularised,plain,cnn on digits, else regularised alone")
+    for name, (value, _, _, text) in DEFAULTS.items():
+        flag(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}: {text}")
+    flag("--pool", choices=["cls", "mean"], help="default cls (paper: cls)")
+    flag("--image-size", type=int, help="official weights: resize their positions for this size")
+    flag("--pixels", choices=["half", "imagenet"], help="default half, official weights: imagenet")
+    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
+    flag("--out", default="out", help="folder for the picture, default out")
+    flag("--save", help="checkpoint to write, at every log line and at the end")
+    flag("--load", help="checkpoint to evaluate, to go on with (more --steps), or official weights")
+    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
+    flag("--target", type=float, help="exit 1 if the first test accuracy is below this")
+    args, ckpt = parser.parse_args(argv), {}
+    try:
+        if args.device == "auto":
+            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        torch.zeros(1, device=args.device)
+        if args.load:
+            ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
+            if not isinstance(ckpt, dict) or ckpt.get("script", "vit") != "vit":
+                raise ValueError(f"{args.load} is not a checkpoint of this script")
+        own, official = ckpt.get("args", {}), bool(args.load) and "args" not in ckpt
+        heads = args.heads or own.get("heads")
+        short = {"steps": ckpt.get("step", 4 if args.quick else DEFAULTS["steps"][0])}
+        texts = {"data": "digits", "pool": "cls", "pixels": "imagenet" if official else "half"}
+        for name, value in (texts | {k: v[0] for k, v in DEFAULTS.items()}).items():
+            if getattr(args, name) is None:
+                setattr(args, name, short.get(name, own.get(name, value)))
+        for name, (_, low, high, _) in DEFAULTS.items():
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+        digits, npz = args.data == "digits", args.data.endswith(".npz")
+        args.models = args.models or own.get("models", "regularised" + ",plain,cnn" * digits)
+        if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
+            raise ValueError("--models takes regularised, plain and cnn")
+        data = load_data(args.data) if npz or digits else load_images(args.data)
+        if official or not (npz or digits):
+            weights = [w for name, w in ckpt.get("models", {"": ckpt}).items() if name != "cnn"]
+            model = ViT.from_state_dict(weights[0], args.image_size, heads)
+            if npz and isinstance(model.head, nn.Identity):
+                raise ValueError("weights without a head (DINO, MAE) can only draw: give a folder")
+        else:
+            data = [t[: 200 if args.quick else None] for t in data]
+            if args.batch_size > len(data[0]) * 9 // 10:
+                raise ValueError("--batch-size is more than the training images")
+            model = build(args, *data[:2])
+            for part, objects in zip(("models", "optimizers"), model if own else ()):
+                for name, x in objects.items():
+                    x.load_state_dict(ckpt[part][name])
+        if args.save and os.path.isdir(args.save):
+            raise ValueError(f"--save {args.save} is a folder")
+        os.makedirs(args.out, exist_ok=True)
+        for path in filter(None, (args.save and args.save + ".tmp", args.out + "/vit.png")):
+            open(path, "ab").close()  # fails now, not after the training
+    except Exception as error:
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
+    return args, ckpt, data, model
+
+
+def main(argv=None) -> int:
+    args, ckpt, data, model = parse(argv)
+    t0, look, stopped, accs, truth = time.time(), isinstance(model, ViT), False, {}, "?" * 8
+    models = {"loaded": model.to(args.device)} if look else model[0]
+    data, n = [t.to(args.device) for t in data], len(data[0]) * 9 // 10
+    images, line, labelled = data, f"drew {args.data}", data[-1].ndim == 1
+    count = sum(p.numel() for p in next(iter(models.values())).parameters()) / 1e6
+    kind = f"{args.data} {n}/{len(data[2])}" if labelled else args.data
+    print(f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True)
+    step, history = ckpt.get("step", 0), ckpt.get("history", [])
+    if not look and step < args.steps:
+        split = [t[:n] for t in data[:2]] + [t[n:] for t in data[:2]]  # the last tenth is held out
+        try:
+            step, history, stopped = train(*model, split, args, step, history)
+        except FloatingPointError as error:
+            print(f"vit.py: stopped: {error}", file=sys.stderr)
+            return 1
+    if labelled:
+        x, y, x_test, y_test = data
+        images, truth = x_test[:8].split(1), y_test.tolist()
+        for name, m in models.items():
+            accs[name] = (predict(m, x_test, args.pixels) == y_test).float().mean().item()
+        line = "test acc " + " | ".join(f"{name} {acc:.4f}" for name, acc in accs.items())
+    if not look:
+        from sklearn.neighbors import KNeighborsClassifier
+
+        x, x_test = x[: min(n, 10000)], x_test[:2000]
+        x, x_test = (t.cpu().flatten(1).numpy().astype("f4") for t in (x, x_test))
+        knn = KNeighborsClassifier(5).fit(x, y[: len(x)].cpu()).score(x_test, y_test[:2000].cpu())
+        line += f" | chance {1 / (int(y.max()) + 1):.3f} | raw-pixel k-NN {knn:.4f}"
+    for shown in [m for m in models.values() if isinstance(m, ViT)][:1]:
+        images = torch.cat([to_float(image, shown) for image in images])
+        draw_picture(args, shown, images, truth, history)
+    print(f"{line} | {time.time() - t0:.0f} s")
+    missed = args.target is not None and next(iter(accs.values()), 0.0) < args.target
+    return 130 if stopped else int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
