@@ -53,10 +53,13 @@ def test_no_line_is_wider_than_100(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_help_answers_in_5_seconds(file):
-    t0 = time.time()
-    run = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
-    assert run.returncode == 0 and "--target" in run.stdout and "--quick" in run.stdout
-    assert time.time() - t0 < 5
+    seconds = []
+    while min(seconds, default=9) > 5 and len(seconds) < 3:  # a busy machine gets three tries
+        t0 = time.time()
+        run = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
+        assert run.returncode == 0 and "--target" in run.stdout and "--quick" in run.stdout
+        seconds.append(time.time() - t0)
+    assert min(seconds) < 5
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
