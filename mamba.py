@@ -29,7 +29,9 @@ Run      python mamba.py                           # selective copying, some 6 m
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
 Expect   copying, seeds 0-2: selective .9992 +- .0007 | LTI .694 +- .029 | chance .071 | paper .998
          and .564. lm, tinyshakespeare, seed 0: 1.55 nats per byte (2.24 bits) on the held-out tail,
-         1.56 in windows of 64; a transformer of that size and number of tokens: 1.88 (nanoGPT)
+         1.56 in windows of 64; a transformer of that size and number of tokens: 1.88 (nanoGPT).
+         induction, seed 0 (32 samples): 1.00 up to 1,024, .81 at 4,096, .28 at 65,536 (paper
+         1.00 throughout, after far longer training): the short run holds to 4 times its length.
 """
 
 import argparse
