@@ -157,6 +157,7 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx, u, dt, A, B, C, h0, T, compile):
         batch, L, _ = u.shape
         lanes, enough = batch * A.numel(), 2**13 if u.device.type == "cpu" else 2**18
+        # S > 1 costs the work twice: only for a machine that is far from busy, then generously
         S = 1 if lanes >= enough else max(1, min(8 * enough // lanes, L // (2 * T)))
         A_t, h = A.t().contiguous(), h0.transpose(1, 2).contiguous()  # (N, D), (B, N, D)
         chunks = list(zip(*(_cut(x, S, T) for x in (u, dt, B, C))))
