@@ -67,6 +67,9 @@ def cosine_schedule(T: int = 1000, s: float = 0.008) -> Tensor:
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # without the limit beta_T = 1 and alpha_T = 0
 
 
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
 # ---- 2. Diffusion: the chains q and p, the objective, the samplers ----
 
 
@@ -170,17 +173,9 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim(
-        self,
-        model,
-        shape,
-        steps=50,
-        eta=0.0,
-        y=None,
-        w=0.0,
-        clip=False,
-        generator=None,
+        self, model, shape, steps=50, eta=0.0, y=None, w=0.0, clip=False, generator=None,
         device="cpu",
-    ):
+    ):  # fmt: skip
         """DDIM: x_0 from `steps` calls (1..T), on evenly spaced t that include T. eta: 0..1.
 
         eta = 1 with T steps is Algorithm 2 with sigma^2 = beta_tilde.
@@ -280,15 +275,9 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        dim: int = 128,
-        mults: tuple[int, ...] = (1, 2, 2, 2),
-        num_blocks: int = 2,
-        attention: tuple[int, ...] = (1,),
-        dropout: float = 0.1,
-        num_classes: int = 0,
-    ):
+        self, in_channels=3, dim=128, mults: tuple[int, ...] = (1, 2, 2, 2), num_blocks=2,
+        attention: tuple[int, ...] = (1,), dropout=0.1, num_classes=0,
+    ):  # fmt: skip
         super().__init__()
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, not {dim}")
@@ -323,10 +312,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            size = f"{x.shape[2]}x{x.shape[3]}"
-            raise ValueError(
-                f"image size {size} must be a multiple of {self.stride}: pad or crop it"
-            )
+            raise ValueError(f"sides {tuple(x.shape[2:])} must be multiples of {self.stride}: pad")
         if y is not None and self.label is None:
             raise ValueError("this U-Net was built with num_classes=0: it takes no labels")
         e = self.time(time_embedding(t, self.dim))  # (B, C_time)
@@ -386,11 +372,7 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
     the test split's own: 0 is memorised, about 1 is like new data. classify(images) -> labels (n,).
     """
     test = test[:: -(-len(test) // 2000)]  # at most 2,000, spread over the split
-    train, test, labels = (
-        train.flatten(1).float().cpu(),
-        test.flatten(1).float().cpu(),
-        labels.cpu(),
-    )
+    train, test, labels = *(x.flatten(1).float().cpu() for x in (train, test)), labels.cpu().long()
     with torch.random.fork_rng(devices=[]):  # the same judge for every --seed
         torch.default_generator.manual_seed(0)
         net = [nn.Linear(train.shape[1], 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU()]
@@ -515,21 +497,17 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
 @torch.no_grad()
 def draw_picture(path, diffusion, free, guided, how, trace, x0):
     """Samples without and with labels; x0 (C, H, W) into noise; noise into an image."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     T, n, g = diffusion.T, 11, torch.Generator().manual_seed(0)
     ts = torch.linspace(0, T, n).round().long()
-    forward = diffusion.q_sample(
-        x0.expand(n, *x0.shape), ts, torch.randn(n, *x0.shape, generator=g)
-    )
+    x0 = x0.expand(n, *x0.shape)
+    forward = diffusion.q_sample(x0, ts, torch.randn(x0.shape, generator=g))
     noisy = {t: (x[0].cpu(), guess[0].cpu()) for t, x, guess in trace}
     last = 2 * free[0] - 1
     backward = [noisy[t] if t else (last, last) for t in ts.flip(0).tolist()]
     rows = torch.cat([forward, *(torch.stack(row) for row in zip(*backward))])
-    fig = plt.figure(figsize=(11, 9.5), layout="constrained")
+    fig = Figure(figsize=(11, 9.5), layout="constrained")
     grid = fig.add_gridspec(2, 2, height_ratios=[1.5, 1])
     top, right, below = (fig.add_subplot(g) for g in (grid[0, 0], grid[0, 1], grid[1, :]))
     top.set_title(f"samples without a label: Algorithm 2, {T} steps")
@@ -541,49 +519,38 @@ def draw_picture(path, diffusion, free, guided, how, trace, x0):
     for axis, images, columns in (top, free, 10), (right, guided, 10), (below, (rows + 1) / 2, n):
         images = images[: len(images) // columns * columns].clamp(0, 1).movedim(1, -1)
         axis.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    width = x0.shape[2] + 1
+        axis.set(xticks=[], yticks=[])
+    width = x0.shape[3] + 1
     below.set_xticks([width * (k + 0.5) for k in range(n)], [str(t) for t in ts.tolist()])
     below.set_xlabel("t of the top row; the rows below run from T to 0")
     fig.savefig(path, dpi=90)
-    plt.close(fig)
 
 
 # ---- 8. Command line ----
 
-# by the size of the images: digits, up to 31 pixels, the paper's CIFAR-10
-SIZES = {
-    "T": (200, 200, 1000),
-    "schedule": ("cosine", "cosine", "linear"),
-    "dim": (16, 16, 128),
-    "mults": ([1, 2], [1, 2, 4], [1, 2, 2, 2]),
-    "blocks": (1, 1, 2),
-    "dropout": (0.0, 0.0, 0.1),
-    "steps": (2500, 5000, 800_000),
-    "batch_size": (64, 64, 128),
-    "lr": (2e-3, 2e-3, 2e-4),
-    "ema": (0.995, 0.999, 0.9999),
+SIZES = {  # default for 8x8 images, up to 31x31, larger (as the paper's CIFAR-10), --quick; meaning
+    "T": (200, 200, 1000, 10, "steps of the chain"),
+    "schedule": ("cosine", "cosine", "linear", "cosine", "of beta: linear or cosine"),
+    "dim": (16, 16, 128, 8, "channels of the first level, a multiple of 4"),
+    "mults": ("1 2", "1 2 4", "1 2 2 2", "1 2", "their multiple at each level"),
+    "blocks": (1, 1, 2, 1, "residual blocks per level"),
+    "dropout": (0.0, 0.0, 0.1, 0.0, "dropout, below 1"),
+    "steps": (2500, 5000, 800_000, 8, "training steps"),
+    "batch_size": (64, 64, 128, 8, "images per step"),
+    "lr": (2e-3, 2e-3, 2e-4, 2e-3, "peak rate, falls to 0"),
+    "ema": (0.995, 0.999, 0.9999, 0.9, "decay of the averaged weights, below 1"),
 }
-QUICK = (10, "cosine", 8, [1, 2], 1, 0.0, 8, 8, 2e-3, 0.9)
 
 
 def parse(argv):
     """-> args, data (None with --samples), model, ema, optimizer, state. Bad input: exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flag, by_size = parser.add_argument, "default for 8x8 / up to 31x31 / larger: "
+    flag = parser.add_argument
     flag("--data", help="digits (default) or a .npz file as Keras's mnist.npz (paper: CIFAR-10)")
-    flag("--T", type=int, help=by_size + "200 / 200 / 1000 (paper: 1000)")
-    flag("--schedule", choices=["linear", "cosine"], help="default cosine; larger, paper: linear")
+    for name, (a, b, c, _, text) in SIZES.items():
+        text += f"; default {a} for 8x8, {b} up to 31x31, {c} for larger images (and in the paper)"
+        flag(f"--{name.replace('_', '-')}", type=type(a), help=text)
     flag("--sigma2", choices=["beta", "beta_tilde"], help="default beta (paper: both)")
-    flag("--dim", type=int, help=by_size + "16 / 16 / 128 channels (paper: 128)")
-    flag("--mults", type=int, nargs="+", help=by_size + "1 2 / 1 2 4 / 1 2 2 2 (paper: 1 2 2 2)")
-    flag("--blocks", type=int, help=by_size + "1 / 1 / 2 per level (paper: 2)")
-    flag("--dropout", type=float, help=by_size + "0 / 0 / 0.1 (paper: 0.1)")
-    flag("--steps", type=int, help=by_size + "2500 / 5000 / 800,000 (paper: 800,000)")
-    flag("--batch-size", type=int, help=by_size + "64 / 64 / 128 (paper: 128)")
-    flag("--lr", type=float, help=by_size + "2e-3 / 2e-3 / 2e-4, falling to 0 (paper: 2e-4)")
-    flag("--ema", type=float, help=by_size + "0.995 / 0.999 / 0.9999 (paper: 0.9999)")
     flag("--drop-label", type=float, help="share of labels hidden in training, default 0.5")
     flag("--ddim", type=int, help="DDIM's steps: default 20; with --samples: Algorithm 2")
     flag("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1, default 0")
@@ -620,26 +587,30 @@ def parse(argv):
         elif not loaded or args.samples < 1:
             raise ValueError("--samples needs --load, and must be > 0")
         size = 0 if max(state["shape"]) < 9 else 1 if max(state["shape"]) < 32 else 2
-        sizes = {k: QUICK[i] if args.quick else v[size] for i, (k, v) in enumerate(SIZES.items())}
+        sizes = {k: v[3 if args.quick else size] for k, v in SIZES.items()}
         for name, value in (sizes | defaults).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        counts = [args.T, args.dim, *args.mults, args.blocks, args.steps, args.batch_size]
-        if min(*counts, args.log_every) < 1 or not 0 < args.lr < 9 or abs(args.seed) > 10**8:
-            raise ValueError("counts and --lr must be > 0, --seed at most 10^8")
-        if not (0 <= args.dropout < 1 and 0 <= args.ema < 1 and 0 <= args.drop_label <= 1):
-            raise ValueError("--dropout and --ema must be in [0, 1), --drop-label in [0, 1]")
-        if not (1 <= (args.ddim or 1) <= args.T and 0 <= args.eta <= 1):
-            raise ValueError(f"--ddim must be in 1..T = {args.T}, --eta in 0..1")
-        if not -1 <= (args.label or 0) < state["classes"]:
-            raise ValueError(f"--label must be in 0..{state['classes'] - 1}")
-        if data and args.batch_size > len(data[0]):
-            raise ValueError(f"--batch-size must be at most {len(data[0])}, the training images")
-        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-            raise ValueError("--batch-size must be a multiple of the number of processes")
-        if any(n % 2 ** (len(args.mults) - 1) for n in state["shape"][1:]):
-            stride = 2 ** (len(args.mults) - 1)
-            raise ValueError(f"image sides {state['shape'][1:]} must be multiples of {stride}")
+        mults = tuple(int(m) for m in args.mults.split())
+        counts = [args.T, args.dim, *mults, args.blocks, args.steps, args.batch_size]
+        stride = 2 ** (len(mults) - 1)
+        for wrong, text in (
+            (args.schedule not in SCHEDULES, "--schedule must be linear or cosine"),
+            (min(*counts, args.log_every) < 1, "counts must be > 0"),
+            (not 0 < args.lr < 9 or abs(args.seed) > 10**8, "--lr must be > 0, |--seed| <= 10^8"),
+            (not (0 <= args.dropout < 1 and 0 <= args.ema < 1), "--dropout, --ema: in [0, 1)"),
+            (not 0 <= args.drop_label <= 1, "--drop-label must be in [0, 1]"),
+            (not 1 <= (args.ddim or 1) <= args.T, f"--ddim must be in 1..T = {args.T}"),
+            (not 0 <= args.eta <= 1, "--eta must be in [0, 1]"),
+            (not -1 <= (args.label or 0) < state["classes"], "--label is not a class of the data"),
+            (data and args.batch_size > len(data[0]), "--batch-size is more than the images"),
+            (args.batch_size % int(os.environ.get("WORLD_SIZE", 1)),
+             "--batch-size must be a multiple of the number of processes"),
+            (any(n % stride for n in state["shape"][1:]),
+             f"the image's sides {state['shape'][1:]} must be multiples of {stride}"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(text)
         os.makedirs(args.out, exist_ok=True)
         for path in filter(None, (args.save, os.path.join(args.out, "diffusion.png"))):
             if os.path.isdir(path):
@@ -651,15 +622,14 @@ def parse(argv):
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             args.device = "cuda" if cuda else "mps" if mps else "cpu"
         torch.manual_seed(args.seed)
-        channels, low = state["shape"][0], (len(args.mults) - 1,) if size < 2 else (1,)
+        channels, low = state["shape"][0], (len(mults) - 1,) if size < 2 else (1,)
         net = {"attention": low, "dropout": args.dropout, "num_classes": state["classes"]}
-        model = UNet(channels, args.dim, tuple(args.mults), args.blocks, **net).to(args.device)
+        model = UNet(channels, args.dim, mults, args.blocks, **net).to(args.device)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         if loaded:
-            model.load_state_dict(loaded["model"])
-            ema.load_state_dict(loaded["ema"])
-            optimizer.load_state_dict(loaded["optimizer"])
+            for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+                part.load_state_dict(loaded[name])
     except Exception as error:
         parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
     return args, data, model, ema, optimizer, state
@@ -673,8 +643,7 @@ def main(argv=None) -> int:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     args, data, model, ema, optimizer, state = parse(argv)
     t0, stopped, few = time.time(), False, args.quick
-    schedule = {"linear": linear_schedule, "cosine": cosine_schedule}[args.schedule]
-    diffusion = Diffusion(schedule(args.T), args.sigma2)
+    diffusion = Diffusion(SCHEDULES[args.schedule](args.T), args.sigma2)
     if args.samples:
         y = None if args.label is None else torch.full((args.samples,), args.label)
         how = (args.samples, y, args.ddim or 0, args.w[1])
@@ -702,11 +671,8 @@ def main(argv=None) -> int:
     real, n, trace = images / (levels - 1), 60 if few else 1000, []
     S = args.ddim or min(20, args.T)
     score, classify = make_judge(real, labels, test / (levels - 1))
-    rows, scores, y = (
-        {"DDPM": generate(diffusion, ema, args, state, n, trace=trace)},
-        {},
-        labels[:n],
-    )
+    scores, y = {}, labels[:n]
+    rows = {"DDPM": generate(diffusion, ema, args, state, n, trace=trace)}
     rows["DDIM"] = generate(diffusion, ema, args, state, n, None, S)
     for w in args.w:
         rows[f"DDIM, label, w = {w:g}"] = generate(diffusion, ema, args, state, len(y), y, S, w)
@@ -728,12 +694,8 @@ def main(argv=None) -> int:
     free, how = rows["DDPM"][:100], f"DDIM, {S} steps, guidance w = {args.w[1]:g}"
     draw_picture(path, diffusion, free, guided, how, trace, x0[0].cpu())
     fd = {name: f"{name} {values['FD']:.3f}" for name, values in scores.items()}
-    line = (
-        f"FD {fd['DDPM']} ({args.T} steps) | {fd['DDIM']} ({S} steps) | {fd['Gaussian per class']}"
-    )
-    line += (
-        f" | {fd['one Gaussian']} | {fd['train images (floor)']} | test bound {bits:.2f} bits/dim"
-    )
+    line = f"test FD {fd['DDPM']} ({args.T} steps) | {fd['DDIM']} ({S} steps) | "
+    line += " | ".join(fd[name] for name in list(rows)[-3:]) + f" | bound {bits:.2f} bits/dim"
     print(f"{line} (uniform {math.log2(levels):.2f}) | {time.time() - t0:.0f} s")
     return 130 if stopped else int(args.target is not None and scores["DDPM"]["FD"] > args.target)
 

@@ -22,7 +22,8 @@ Symbols  G, D | G(z; theta_g), D(x; theta_d) | the players    a | - | D's logit 
          p_data, p_g | p_data, p_g | densities of x and of G(z)
 Differs  Leaky ReLU for maxout in D, no dropout; tanh and data in [-1, 1]; Adam for momentum.
          G's default loss is Section 3's -log D and not Algorithm 1's; the pair named "GAN" adds two
-         later finds, R1 and an average of G. "Algorithm 1" has neither and saturates.
+         later finds, R1 and an average of G. "Algorithm 1" has neither and saturates. DCGAN's pair
+         keeps torch's initialisation (its paper: std .02) and, for R1, no batch norm in D.
          The demo's data are 8x8 digits. Parzen's sigma is chosen on the last training images, which
          the paper holds out; its score rests on 1,000 samples.
 Run      python gan.py                     # both pairs on 8x8 digits, about 2 minutes, one core
@@ -301,7 +302,7 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
     the test split's own: 0 is memorised, about 1 is like new data. classify(images) -> labels (n,).
     """
     test = test[:: -(-len(test) // 2000)]  # at most 2,000, spread over the split
-    train, test = (x.flatten(1).float().cpu() for x in (train, test))
+    train, test, labels = *(x.flatten(1).float().cpu() for x in (train, test)), labels.cpu().long()
     with torch.random.fork_rng(devices=[]):  # the same judge for every --seed
         torch.default_generator.manual_seed(0)
         net = [nn.Linear(train.shape[1], 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU()]
@@ -309,35 +310,34 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
         opt = torch.optim.Adam(net.parameters(), 1e-3)
         for _ in range(max(500, 3 * len(train) // 128)):
             i = torch.randint(len(train), (128,))
-            loss = F.cross_entropy(net(train[i]), labels.cpu()[i].long())
+            loss = F.cross_entropy(net(train[i]), labels[i])
             opt.zero_grad(); loss.backward(); opt.step()  # fmt: skip
-    net.requires_grad_(False)
-    f = net[:3](train).double()  # before the second ReLU
-    mean, std = f.mean(0), f.std(0) + 1e-6
-    r = (net[:3](test).double() - mean) / std
+    body = net.requires_grad_(False)[:3].double()  # to before the second ReLU
+    std, mean = torch.std_mean(body(train.double()), 0)
+    r = (body(test.double()) - mean) / std.clamp(min=1e-6)
 
-    def distance(x):
+    def to_train(x):
         return torch.cat([torch.cdist(p, train).amin(1) for p in x.split(200)]).median()
 
     def score(images: Tensor) -> dict[str, float]:
         x = images.flatten(1).float().cpu()
-        g = (net[:3](x).double() - mean) / std
+        g = (body(x.double()) - mean) / std.clamp(min=1e-6)
         S_r, S_g = torch.cov(r.T), torch.cov(g.T)  # S_r S_g has real eigenvalues >= 0
         root = torch.linalg.eigvals(S_r @ S_g).real.clamp(min=0).sqrt().sum()
-        fd = (r.mean(0) - g.mean(0)).square().sum() + S_r.trace() + S_g.trace() - 2 * root
         near = torch.cdist(r, g)  # radii: the 6th nearest, as the first is the point itself
         radius_r, radius_g = (torch.cdist(a, a).kthvalue(6).values for a in (r, g))
-        precision = (near < radius_r[:, None]).any(0).double().mean()
-        recall = (near < radius_g).any(1).double().mean()
-        values = fd, precision, recall, distance(x) / distance(test)
-        return dict(zip(("FD", "precision", "recall", "novelty"), map(float, values)))
+        out = {"FD": (r.mean(0) - g.mean(0)).square().sum() + (S_r + S_g).trace() - 2 * root}
+        out["precision"] = (near < radius_r[:, None]).any(0).double().mean()
+        out["recall"] = (near < radius_g).any(1).double().mean()
+        out["novelty"] = to_train(x) / to_train(test)
+        return {name: float(value) for name, value in out.items()}
 
-    return score, lambda images: net(images.flatten(1).float().cpu()).argmax(1)
+    return score, lambda images: net.double()(images.flatten(1).double().cpu()).argmax(1)
 
 
-def gaussian_images(train: Tensor, labels: Tensor, n: int, seed: int = 0) -> Tensor:
+def gaussian_images(train: Tensor, labels: Tensor, n: int) -> Tensor:
     """n draws (n, D) in [0, 1] from a full Gaussian per class; labels all 0: from one for all."""
-    g, out = torch.Generator().manual_seed(seed), []
+    g, out = torch.Generator().manual_seed(0), []
     chosen = labels[torch.randint(len(labels), (n,), generator=g)]
     for c in labels.unique():
         a = train[labels == c].flatten(1).float()
@@ -405,12 +405,10 @@ def tile(x: Tensor, columns: int):
 
 def draw_picture(args, G, history, x, real):
     """Samples over their nearest training images; paths through z; D over time."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: needs no display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(15, 5), width_ratios=[1, 1, 1.2])
+    fig = Figure(figsize=(15, 5), layout="tight")
+    a, b, c = fig.subplots(1, 3, width_ratios=[1, 1, 1.2])
     near = [real[torch.cdist(r.flatten(1), real.flatten(1)).argmin(1)] for r in x[:40].split(10)]
     pairs = torch.cat([torch.cat(rows) for rows in zip(x[:40].split(10), near)])
     start, end = noise(args, 16, args.seed + 1)[0].view(2, 8, 1, -1)
@@ -433,9 +431,7 @@ def draw_picture(args, G, history, x, real):
     c.axhline(0.5, color="gray", lw=0.8)
     c.set(title="D over time: 1/2 on both once p_g is the data", xlabel="step", ylim=(0, 1))
     c.legend(ncol=2, fontsize=8)
-    fig.tight_layout()
     fig.savefig(os.path.join(args.out, "gan.png"), dpi=100)
-    plt.close(fig)
 
 
 # ---- 8. Command line ----

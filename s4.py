@@ -377,12 +377,10 @@ def accuracy(model, x: Tensor, y: Tensor, encode) -> float:
 @torch.no_grad()
 def draw_picture(path, layer, state):
     """What a HiPPO state remembers, four kernels of a layer, the curves of accuracy."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: needs no display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4))
+    fig = Figure(figsize=(15, 4), layout="tight")
+    a, b, c = fig.subplots(1, 3)
     t, dt = torch.arange(3000, dtype=torch.float64) / 500, torch.tensor(1 / 500).double()
     u = (3.1 * t).sin() + 0.5 * (7.3 * t + 1).sin() + 0.3 * (17 * t + 2).sin()
     a.plot(u[-1500:], color="lightgray", lw=5, label="signal")
@@ -405,9 +403,7 @@ def draw_picture(path, layer, state):
     c.set(title="accuracy on held-out images", xlabel="step", ylim=(0, 1.02))
     for axis, place in ((a, "lower left"), (b, "upper right"), (c, "lower right")):
         axis.legend(loc=place)
-    fig.tight_layout()
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 # ---- 8. Command line ----

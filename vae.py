@@ -222,7 +222,7 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
     the test split's own: 0 is memorised, about 1 is like new data. classify(images) -> labels (n,).
     """
     test = test[:: -(-len(test) // 2000)]  # at most 2,000, spread over the split
-    train, test = (x.flatten(1).float().cpu() for x in (train, test))
+    train, test, labels = *(x.flatten(1).float().cpu() for x in (train, test)), labels.cpu().long()
     with torch.random.fork_rng(devices=[]):  # the same judge for every --seed
         torch.default_generator.manual_seed(0)
         net = [nn.Linear(train.shape[1], 128), nn.ReLU(), nn.Linear(128, 32), nn.ReLU()]
@@ -230,7 +230,7 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
         opt = torch.optim.Adam(net.parameters(), 1e-3)
         for _ in range(max(500, 3 * len(train) // 128)):
             i = torch.randint(len(train), (128,))
-            loss = F.cross_entropy(net(train[i]), labels.cpu()[i])
+            loss = F.cross_entropy(net(train[i]), labels[i])
             opt.zero_grad(); loss.backward(); opt.step()  # fmt: skip
     body = net.requires_grad_(False)[:3].double()  # to before the second ReLU
     std, mean = torch.std_mean(body(train.double()), 0)
@@ -246,11 +246,11 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
         root = torch.linalg.eigvals(S_r @ S_g).real.clamp(min=0).sqrt().sum()
         near = torch.cdist(r, g)  # radii: the 6th nearest, as the first is the point itself
         radius_r, radius_g = (torch.cdist(a, a).kthvalue(6).values for a in (r, g))
-        fd = (r.mean(0) - g.mean(0)).square().sum() + (S_r + S_g).trace() - 2 * root
-        precision = (near < radius_r[:, None]).any(0).double().mean().item()
-        recall = (near < radius_g).any(1).double().mean().item()
-        novelty = (to_train(x) / to_train(test)).item()
-        return {"FD": fd.item(), "precision": precision, "recall": recall, "novelty": novelty}
+        out = {"FD": (r.mean(0) - g.mean(0)).square().sum() + (S_r + S_g).trace() - 2 * root}
+        out["precision"] = (near < radius_r[:, None]).any(0).double().mean()
+        out["recall"] = (near < radius_g).any(1).double().mean()
+        out["novelty"] = to_train(x) / to_train(test)
+        return {name: float(value) for name, value in out.items()}
 
     return score, lambda images: net.double()(images.flatten(1).double().cpu()).argmax(1)
 
@@ -325,16 +325,16 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
 @torch.no_grad()
 def draw_picture(path, models, test, x):
     """Test images over inputs and reconstructions; draws from the prior; the 2-D manifold."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot: needs no display
 
-    plt.switch_backend("Agg")
     (model, plane), n = models, min(30, len(x) // 10 * 10)
     mean = model.image(model.encode(x[:n])[0]).cpu()
     rows = torch.stack([test[:n], x[:n].cpu().view_as(mean), mean]).unflatten(1, (-1, 10))
     rows, draws = rows.transpose(0, 1).flatten(0, 2), model.sample(100, torch.manual_seed(0))
     u = torch.special.ndtri((torch.arange(12) + 0.5) / 12)  # the inverse Gaussian CDF
     z = torch.stack([u.repeat(12), -u.repeat_interleave(12)], -1).to(x.device)  # (144, 2)
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+    fig = Figure(figsize=(13, 4.6), layout="constrained")
+    a, b, c = fig.subplots(1, 3)
     a.set_title("test images, binarised x, mean of p(x|z)")
     b.set_title(f"samples: z ~ p(z) in {model.latent_dim}-D, mean of p(x|z)")
     c.set_title("2-D z: inverse CDF of the unit square (Figure 4)")
@@ -342,7 +342,6 @@ def draw_picture(path, models, test, x):
         axis.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=1)
         axis.set_axis_off()
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 # ---- 7. Command line ----

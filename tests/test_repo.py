@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -53,13 +52,14 @@ def test_no_line_is_wider_than_100(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_help_answers_in_5_seconds(file):
-    seconds = []
-    while min(seconds, default=9) > 5 and len(seconds) < 3:  # a busy machine gets three tries
-        t0 = time.time()
-        run = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
-        assert run.returncode == 0 and "--target" in run.stdout and "--quick" in run.stdout
-        seconds.append(time.time() - t0)
-    assert min(seconds) < 5
+    before = os.times()
+    run = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True)
+    after = os.times()
+    assert run.returncode == 0 and "--target" in run.stdout and "--quick" in run.stdout
+    # processor time: a busy machine stretches the clock, not this
+    assert after.children_user + after.children_system < 5 + (
+        before.children_user + before.children_system
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -70,6 +70,17 @@ def test_copied_alone_it_imports(file, tmp_path):
     code = f"import sys\nfor m in {block}: sys.modules[m] = None\nimport {file.stem}"
     env = {**os.environ, "PYTHONPATH": ""}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+def test_the_judge_of_generated_images_is_one_text():
+    """Its scores are compared between files, so it must not drift apart in them."""
+    texts = set()
+    for name in ("vae", "gan", "diffusion"):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        judge = [n for n in tree.body if getattr(n, "name", "") in ("make_judge", "gaussian_images")]
+        assert len(judge) == 2
+        texts.add("".join(map(ast.unparse, judge)))
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
