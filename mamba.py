@@ -27,6 +27,7 @@ Differs  B_bar = dt B, the first-order form that the official code uses, not the
 Run      python mamba.py                           # selective copying, some 6 minutes on 2 cores
          python mamba.py --task induction          # Table 2: accuracy from 64 to 65,536 tokens
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
+         torchrun --nproc-per-node 2 mamba.py      # the batch shared out between processes
 Expect   copying, seeds 0-2: selective .9992 +- .0007 | LTI .694 +- .029 | chance .071 | paper .998
          and .564. lm, tinyshakespeare, seed 0: 1.55 nats per byte (2.24 bits) on the held-out tail,
          1.56 in windows of 64; a transformer of that size and number of tokens: 1.88 (nanoGPT).
@@ -43,6 +44,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -423,37 +425,47 @@ def text_batch(n: int, length: int, g: torch.Generator, text: Tensor):
 # ---- 6. Training ----
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def train(models, optimizers, draw, args, start=0, history=()):
     """Trains all models on the same batches -> step, [(step, name, loss, acc)], stopped."""
     from tqdm import tqdm
 
-    history, stop, step, t0 = list(history), [], start, time.time()
+    (rank, world), history, stop = rank_and_world(), list(history), []
+    step, t0 = start, time.time()
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after the step
-    for step in tqdm(range(start + 1, args.steps + 1), disable=None):
-        x, y = draw(step)
+    for step in tqdm(range(start + 1, args.steps + 1), disable=rank > 0 or None):
+        x, y = (t[rank::world] for t in draw(step))  # each process takes its share of the batch
         part = step / args.steps  # warm-up, then half a cosine
         lr = args.lr * min(1.0, part / 0.05) * (1 + math.cos(math.pi * part)) / 2
         for name, model in models.items():
             logits = model(x)[:, -y.shape[1] :]  # the answers are read off the last positions
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the {name} model's loss is {loss.item()} at step {step}")
             for group in optimizers[name].param_groups:
                 group["lr"] = lr
             optimizers[name].zero_grad(); loss.backward()  # fmt: skip
+            right = (logits.argmax(-1) == y).float().mean()
+            now = torch.stack([loss.detach(), right, loss.new_tensor(float(len(stop)))])
+            if world > 1:  # means over the processes: the whole batch's
+                for t in (now, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(t.div_(world))
+            loss, acc, stopped = now.tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the {name} model's loss is {loss} at step {step}")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[name].step()
-            acc = (logits.argmax(-1) == y).float().mean().item()
-            history.append((step, name, loss.item(), acc))
-        if stop or step % args.log_every == 0 or step == args.steps:
+            history.append((step, name, loss, acc))
+        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
             now = [f"{n} loss {l:.4f} acc {a:.3f}" for _, n, l, a in history[-len(models) :]]
             ms = (time.time() - t0) / (step - start) * 1e3
             tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now, f"{ms:.0f} ms/step"]))
             if args.save:
                 save(args, models, optimizers, step, history)
-        if stop:
+        if stopped:
             break
-    return step, history, bool(stop)
+    return step, history, bool(stopped)
 
 
 def save(args, models, optimizers, step, history):
@@ -575,6 +587,8 @@ def parse(argv):
                 setattr(args, name, value)
         if min(args.steps, args.batch_size, args.log_every) < 1 or args.length < 20 or args.lr <= 0:
             raise ValueError("--steps, --batch-size, --log-every, --lr must be > 0, --length >= 20")
+        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError("--batch-size must be a multiple of the number of processes")
         if args.task == "lm":
             if not args.data:
                 raise ValueError("--task lm needs --data FILE")
@@ -589,6 +603,8 @@ def parse(argv):
         if args.device == "auto":
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=args.device)
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
@@ -599,6 +615,9 @@ def parse(argv):
 def main(argv=None) -> int:
     args, loaded, text, fail = parse(argv)
     t0, lm, metric = time.time(), args.task == "lm", 0.0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, _ = rank_and_world()
     torch.manual_seed(args.seed)
     kinds = {"selective": True, "LTI": False} if args.task == "copying" else {"selective": True}
     vocab, d_model, n_layer = (256, 128, 6) if lm else (16, 64, 2)
@@ -632,10 +651,11 @@ def main(argv=None) -> int:
 
     count = sum(p.numel() for p in models["selective"].parameters()) / 1e6
     kind = f"bytes {len(text)}/{len(test)}" if lm else f"{args.task} length {args.length}"
-    print(f"mamba | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    if rank == 0:
+        print(f"mamba | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
     try:
         if step < args.steps:
-            if not args.no_compile:
+            if rank == 0 and not args.no_compile:
                 print("compiling the scan: 10-20 s the first time, then from its cache", flush=True)
             step, history, stopped = train(models, optimizers, draw, args, step, history)
     except FloatingPointError as error:
@@ -643,6 +663,10 @@ def main(argv=None) -> int:
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank:  # the other processes of torchrun are done
+        return 0
     seconds, table, best, few = time.time() - t0, [], models["selective"], 2 if args.quick else 16
     if lm:
         g, test = torch.Generator(args.device).manual_seed(args.seed), test[: 500 * few**2]

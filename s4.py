@@ -38,6 +38,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -315,13 +316,18 @@ class GRU(nn.GRU):
         return self.decoder(super().forward(x)[0].mean(1))
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def train(models, optimizers, draw, validate, args, state) -> bool:
     """Trains on the same images, a batch being a function of (seed, step). True if stopped."""
     from tqdm import tqdm
 
-    stop, first, t0 = [], state["step"], time.time()
+    (rank, world), stop, first, t0 = rank_and_world(), [], state["step"], time.time()
+    stopped = False
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(first + 1, args.steps + 1), disable=None):
+    for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
         rate = min(1, step / (0.1 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
         for name, model in models.items():
             # 1,024 small steps cost a GRU the same for any batch: it takes three batches at a time
@@ -329,18 +335,23 @@ def train(models, optimizers, draw, validate, args, state) -> bool:
             if step % every:
                 continue
             x, y = map(torch.cat, zip(*map(draw, range(step - every + 1, step + 1))))
-            loss = F.cross_entropy(model(x), y)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the {name} model's loss is {loss.item()} at step {step}")
+            loss = F.cross_entropy(model(x[rank::world]), y[rank::world])  # a process's share
             for g in optimizers[name].param_groups:
                 g["lr"] = g["peak"] * rate
             optimizers[name].zero_grad(); loss.backward()  # fmt: skip
+            now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
+            if world > 1:  # means over the processes: the whole batch's
+                for t in (now, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(t.div_(world))
+            loss, stopped = now.tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the {name} model's loss is {loss} at step {step}")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[name].step()
-            state["loss"][name] = loss.item()
+            state["loss"][name] = loss
             state["seconds"][name] += time.time() - began
         state["step"] = step
-        if stop or step % args.log_every == 0 or step == args.steps:
+        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
             ms, now = (time.time() - t0) / (step - first) * 1e3, ""
             for name, model in models.items():
                 state["history"].append((name, step, acc := validate(model)))
@@ -348,10 +359,10 @@ def train(models, optimizers, draw, validate, args, state) -> bool:
             tqdm.write(f"step {step:5d}/{args.steps}{now} | {ms:.0f} ms/step")
             if args.save:
                 save(models, optimizers, args, state)
-        if stop:
+        if stopped:
             break
     signal.signal(signal.SIGINT, before)
-    return bool(stop)
+    return bool(stopped)
 
 
 def save(models, optimizers, args, state):
@@ -445,15 +456,20 @@ def parse(argv):
         data = load_images(args.data)
         if args.batch_size > 0.9 * len(data[0]):
             raise ValueError(f"--batch-size {args.batch_size} exceeds the images to train on")
+        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError("--batch-size must be a multiple of the number of processes")
         os.makedirs(args.out, exist_ok=True)
         for path in filter(None, (args.save, os.path.join(args.out, "s4.png"))):
             if os.path.isdir(path):
                 raise IsADirectoryError(f"{path} is a folder")
-            open(path + ".tmp", "wb").close()  # fails now, not after the training
-            os.remove(path + ".tmp")
+            probe = f"{path}.{os.getpid()}.tmp"  # one per process of torchrun
+            open(probe, "wb").close()  # fails now, not after the training
+            os.remove(probe)
         if args.device == "auto":
-            mps = "mps" if torch.backends.mps.is_available() else "cpu"
-            args.device = "cuda" if torch.cuda.is_available() else mps
+            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=args.device)
     except Exception as error:
         parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
@@ -463,6 +479,9 @@ def parse(argv):
 def main(argv=None) -> int:
     args, loaded, data = parse(argv)
     t0, stopped, digits = time.time(), False, args.data == "digits"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, _ = rank_and_world()
     torch.manual_seed(args.seed)
     x, y, x_test, y_test = (t.to(args.device) for t in data)
     mean, std = x.float().mean((0, 1, 2)), x.float().std((0, 1, 2)) + 1e-6
@@ -505,7 +524,8 @@ def main(argv=None) -> int:
         return 2
     count = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
     kind = f"seed {args.seed} | {os.path.basename(args.data)} {len(x)}/{len(test[0])} | {L} steps"
-    print(f"s4 | {count['S4'] / 1e6:.3f}M parameters | {args.device} | {kind}", flush=True)
+    if rank == 0:
+        print(f"s4 | {count['S4'] / 1e6:.3f}M parameters | {args.device} | {kind}", flush=True)
     try:
         if state["step"] < args.steps:
             stopped = train(
@@ -514,6 +534,11 @@ def main(argv=None) -> int:
     except FloatingPointError as error:
         print(f"s4.py: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank:  # the other processes of torchrun are done
+        return 0
     accs = {name: accuracy(model, *test, encode) for name, model in models.items()}
     draw_picture(os.path.join(args.out, "s4.png"), models["S4"].layers[0], state)
     line = [f"{n} {a:.3f} ({count[n]}, {state['seconds'][n]:.0f} s)" for n, a in accs.items()]

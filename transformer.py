@@ -47,6 +47,7 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -419,32 +420,49 @@ def pick(part, rows, args):
 # ---- 7. Training and evaluation ----
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def train(model, optimizer, data, args, state) -> bool:
     """Goes on from state["step"] to args.steps. Returns whether Ctrl-C ended it before."""
     from tqdm import tqdm
 
-    stop, first, n, t0 = [], state["step"], len(data["train"][0]), time.time()
+    (rank, world), stop, first, t0 = rank_and_world(), [], state["step"], time.time()
+    n, stopped = len(data["train"][0]), False
     lengths = torch.tensor([len(x) for x in data["train"][0]] if args.task == "translate" else [0])
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    for step in tqdm(range(first + 1, args.steps + 1), disable=None):
+    for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
         torch.manual_seed((args.seed * 10**9 + step) % 2**63)  # for the batch, and for dropout
         rows = torch.randint(n, (args.batch_size,))
         if args.task == "translate":  # sentences of about one length: less of a batch is padding
             rows = (lengths + 5 * torch.rand(n)).argsort()[(rows[0] + torch.arange(len(rows))) % n]
         inputs, target = pick(data["train"], rows, args)
+        if world > 1:  # a process's share, weighted by its part of the target tokens
+            torch.manual_seed((args.seed * 10**9 + step + rank * 2**50) % 2**63)  # own dropout
+            tokens = (target != args.pad).sum()
+            *inputs, target = (t[rank::world] for t in (*inputs, target))
+            weight = world * (target != args.pad).sum() / tokens
         loss = label_smoothing_loss(model(*inputs), target, args.smoothing, args.pad)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        loss = loss * weight if world > 1 else loss
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(step, args.size[0], args.warmup)  # Eq. 3
-        optimizer.zero_grad(); loss.backward(); optimizer.step()  # fmt: skip
+        optimizer.zero_grad(); loss.backward()  # fmt: skip
+        now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
+        if world > 1:  # means over the processes: the whole batch's
+            for t in (now, *(p.grad for p in model.parameters())):
+                dist.all_reduce(t.div_(world))
+        loss, stopped = now.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}")
+        optimizer.step()
         state["step"] = step
         if step % args.keep_every == 0:  # Section 6.1: the last 5 checkpoints will be averaged
             kept = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             state["kept"] = [*state["kept"], kept][-5:]
-        if stop or step % args.log_every == 0 or step == args.steps:
+        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
             scores = evaluate(model, data["val"], args, 512)
-            state["history"].append((step, loss.item(), *scores))
+            state["history"].append((step, loss, *scores))
             now = "loss {:.4f} | val nats {:.4f} acc {:.3f} all right {:.3f}".format(loss, *scores)
             ms = (time.time() - t0) / (step - first) * 1e3
             tqdm.write(f"step {step:5d}/{args.steps} | {now} | {ms:.0f} ms/step")
@@ -452,10 +470,10 @@ def train(model, optimizer, data, args, state) -> bool:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 out = {**state, "script": "transformer", "args": vars(args)}
                 torch.save(out, args.save + ".tmp"), os.replace(args.save + ".tmp", args.save)
-        if stop:
+        if stopped:
             break
     signal.signal(signal.SIGINT, before)
-    return bool(stop)
+    return bool(stopped)
 
 
 @torch.no_grad()
@@ -592,9 +610,13 @@ def main(argv=None) -> int:
         data, pieces, lines = load_data(args, loaded and loaded["pieces"])
         if args.batch_size > len(data["train"][0]):
             raise ValueError(f"--batch-size {args.batch_size} of {len(data['train'][0])} rows")
+        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError("--batch-size must be a multiple of the number of processes")
         if args.device == "auto":
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.manual_seed(args.seed)
         build = {"lm": LanguageModel, "classify": Classifier}.get(args.task, Transformer)
         sizes = dict(zip(("d_model", "num_layers", "num_heads", "d_ff"), args.size))
@@ -612,14 +634,23 @@ def main(argv=None) -> int:
             open(path, "ab").close()  # fail now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split()) or type(error).__name__)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, _ = rank_and_world()
     count = sum(p.numel() for p in model.parameters()) / 1e6
     kind = f"{args.kind} " + "/".join(str(len(data[part][0])) for part in ("train", "val", "test"))
-    print(f"transformer | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    if rank == 0:
+        print(f"transformer | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
     try:
         stopped = train(model, optimizer, data, args, state)
     except FloatingPointError as error:
         print(f"transformer.py: {error}; stopped", file=sys.stderr)
         return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if rank:  # the other processes of torchrun are done
+        return 0
     seconds, kept = time.time() - t0, state["kept"] or [model.state_dict()]
     model.load_state_dict({k: sum(w[k] for w in kept) / len(kept) for k in kept[0]})
     metric, line = report(model, data, pieces, lines, args)

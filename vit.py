@@ -44,6 +44,7 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -455,15 +456,20 @@ def build(args, x: Tensor, y: Tensor):
     return models, optimizers, recipes
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def train(models, optimizers, recipes, data, args, start=0, history=()):
     """Trains all on the same batches -> last step, [(step, name, loss, val acc)], stopped."""
     from tqdm import tqdm
 
     x_train, y_train, x_val, y_val = data
     K, warmup = int(y_train.max()) + 1, max(1, args.warmup * args.steps)
-    history, stop, step, t0 = list(history), [], start, time.time()
+    (rank, world), history, stop = rank_and_world(), list(history), []
+    step, t0 = start, time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(start + 1, args.steps + 1), disable=None):
+    for step in tqdm(range(start + 1, args.steps + 1), disable=rank > 0 or None):
         g, losses = torch.Generator().manual_seed(args.seed * 10**10 + step), []
         rows = torch.randint(len(x_train), (args.batch_size,), generator=g).to(x_train.device)
         rate = min(1.0, step / warmup) * (1 + math.cos(math.pi * step / args.steps)) / 2
@@ -475,16 +481,24 @@ def train(models, optimizers, recipes, data, args, start=0, history=()):
             if r["augment"]:
                 x = rand_augment(x, r["augment"], r["magnitude"], r["flip"])
             x, target = mix(x, target, r["mixup"], r["cutmix"])
+            if world > 1:  # a process's share of the batch, once mixed, and its own dropout
+                x, target = x[rank::world], target[rank::world]
+                torch.manual_seed(args.seed * 10**10 + step + rank * 2**50)
             loss = F.cross_entropy(model(normalise(x)), target)
-            losses.append(loss.item())
             for group in optimizers[name].param_groups:
                 group["lr"] = args.lr * rate
             optimizers[name].zero_grad(); loss.backward()  # fmt: skip
+            now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
+            if world > 1:  # means over the processes: the whole batch's
+                for t in (now, *(p.grad for p in model.parameters())):
+                    dist.all_reduce(t.div_(world))
+            losses.append(now[0].item())
+            stopped = now[1].item()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Appendix B.1
             if not math.isfinite(losses[-1] + norm):
                 raise FloatingPointError(f"{name}: loss {losses[-1]} or gradient at step {step}")
             optimizers[name].step()
-        if stop or step % args.log_every == 0 or step == args.steps:
+        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
             val = [(predict(m, x_val) == y_val).float().mean().item() for m in models.values()]
             history += [(step, *row) for row in zip(models, losses, val)]
             now = [f"{n} loss {l:.3f} val acc {a:.3f}" for n, l, a in zip(models, losses, val)]
@@ -492,10 +506,10 @@ def train(models, optimizers, recipes, data, args, start=0, history=()):
             tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now, f"{ms:.0f} ms/step"]))
             if args.save:
                 save(args, models, optimizers, step, history)
-        if stop:
+        if stopped:
             break
     signal.signal(signal.SIGINT, before)
-    return step, history, bool(stop)
+    return step, history, bool(stopped)
 
 
 def save(args, models, optimizers, step, history):
@@ -608,6 +622,8 @@ def parse(argv):
         if args.device == "auto":
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=args.device)
         if args.load:
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
@@ -637,6 +653,8 @@ def parse(argv):
             data = [t[: 200 if args.quick else None] for t in data]
             if args.batch_size > len(data[0]) * 9 // 10:
                 raise ValueError("--batch-size is more than the training images")
+            if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+                raise ValueError("--batch-size must be a multiple of the number of processes")
             model = build(args, *data[:2])
             for part, objects in zip(("models", "optimizers"), model if own else ()):
                 for name, x in objects.items():
@@ -654,12 +672,18 @@ def parse(argv):
 def main(argv=None) -> int:
     args, ckpt, data, model = parse(argv)
     t0, look, stopped, accs, truth = time.time(), isinstance(model, ViT), False, {}, "?" * 8
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    rank, _ = rank_and_world()
     models = {"loaded": model.to(args.device)} if look else model[0]
     data, n = [t.to(args.device) for t in data], len(data[0]) * 9 // 10
     images, line, labelled = data, f"drew {args.data}", data[-1].ndim == 1
     count = sum(p.numel() for p in next(iter(models.values())).parameters()) / 1e6
     kind = f"{args.data} {n}/{len(data[2])}" if labelled else args.data
-    print(f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True)
+    if rank == 0:
+        print(
+            f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True
+        )
     step, history = ckpt.get("step", 0), ckpt.get("history", [])
     if not look and step < args.steps:
         split = [t[:n] for t in data[:2]] + [t[n:] for t in data[:2]]  # the last tenth is held out
@@ -668,6 +692,11 @@ def main(argv=None) -> int:
         except FloatingPointError as error:
             print(f"vit.py: stopped: {error}", file=sys.stderr)
             return 1
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    if rank:  # the other processes of torchrun are done
+        return 0
     if labelled:
         x, y, x_test, y_test = data
         images, truth = x_test[:8].split(1), y_test.tolist()

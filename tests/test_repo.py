@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("*.py"))
@@ -77,7 +78,9 @@ def test_the_judge_of_generated_images_is_one_text():
     texts = set()
     for name in ("vae", "gan", "diffusion"):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
-        judge = [n for n in tree.body if getattr(n, "name", "") in ("make_judge", "gaussian_images")]
+        judge = [
+            n for n in tree.body if getattr(n, "name", "") in ("make_judge", "gaussian_images")
+        ]
         assert len(judge) == 2
         texts.add("".join(map(ast.unparse, judge)))
     assert len(texts) == 1
@@ -101,3 +104,30 @@ def test_bad_input_is_one_line_and_exit_2(file, bad, tmp_path, monkeypatch, caps
         importlib.import_module(file.stem).main(bad)
     assert stop.value.code == 2
     assert ": error: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def numbers(x):
+    """All floats in nested lists, tuples and dicts, in order."""
+    if isinstance(x, dict):
+        x = x.values()
+    if isinstance(x, list | tuple | type({}.values())):
+        return [n for part in x for n in numbers(part)]
+    return [x] if isinstance(x, float) else []
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [("mamba", []), ("s4", []), ("vit", []), ("transformer", ["--dropout", "0"])],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_two_processes_train_as_one(name, flags, tmp_path):
+    """torchrun on two CPU processes: the same losses as one process on the whole batch."""
+    flags = [*flags, "--quick", "--batch-size", "8", "--steps", "3", "--log-every", "1"]
+    flags += ["--device", "cpu", "--out", str(tmp_path), "--save"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*two, ROOT / f"{name}.py", *flags, tmp_path / "2.pt"], check=True, capture_output=True
+    )
+    assert importlib.import_module(name).main([*flags, str(tmp_path / "1.pt")]) == 0
+    a, b = (numbers(torch.load(tmp_path / f"{n}.pt")["history"]) for n in (1, 2))
+    assert len(a) > 2 and a == pytest.approx(b, rel=1e-3)
