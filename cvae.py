@@ -383,7 +383,7 @@ def parse(argv):
             if os.path.isdir(path):
                 raise IsADirectoryError(f"{path} is a folder")
     except Exception as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
+        parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
     return args, loaded, data
 
 

@@ -493,6 +493,8 @@ def parse(argv):
             cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
             args.device = "cuda" if cuda else "mps" if mps else "cpu"
         nets, optimizers = build(args, loaded)
+        if args.save and os.path.isdir(args.save):
+            raise ValueError(f"--save {args.save} is a folder")
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             tempfile.TemporaryFile(dir=folder).close()  # fail now, not after the training

@@ -585,8 +585,10 @@ def parse(argv):
         for name, value in zip(("steps", "batch_size", "length", "lr"), sizes):
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        if min(args.steps, args.batch_size, args.log_every) < 1 or args.length < 20 or args.lr <= 0:
-            raise ValueError("--steps, --batch-size, --log-every, --lr must be > 0, --length >= 20")
+        if min(args.steps, args.batch_size, args.log_every) < 1 or args.length < 20:
+            raise ValueError("--steps, --batch-size, --log-every must be > 0, --length >= 20")
+        if not 0 < args.lr < math.inf:
+            raise ValueError("--lr must be > 0")
         if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError("--batch-size must be a multiple of the number of processes")
         if args.task == "lm":
@@ -596,6 +598,8 @@ def parse(argv):
                 text = torch.frombuffer(bytearray(file.read() or b" "), dtype=torch.uint8).long()
             if len(text) < 20 * args.length:
                 raise ValueError(f"{args.data} is too short: needs {20 * args.length} bytes")
+        if args.save and os.path.isdir(args.save):
+            raise ValueError(f"--save {args.save} is a folder")
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK):  # fails now, not after the training

@@ -633,7 +633,7 @@ def main(argv=None) -> int:
         for path in (*paths, os.path.join(args.out, "transformer.png")):
             open(path, "ab").close()  # fail now, not after the training
     except Exception as error:
-        parser.error(" ".join(str(error).split()) or type(error).__name__)
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rank, _ = rank_and_world()
