@@ -1,0 +1,96 @@
+"""Every model under bfloat16 autocast and under torch.compile: forward, loss and backward."""
+
+import importlib
+
+import pytest
+import torch
+
+
+def images(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def ids(*shape):
+    return torch.randint(1, 9, shape, generator=torch.Generator().manual_seed(0))
+
+
+# name: module -> model, inputs, and the loss where it isn't just the sum of what comes out
+MODELS = {
+    "mamba": lambda m: (m.Mamba(16, 16, 1, d_state=4, compile=False), (ids(2, 20),)),
+    "s4": lambda m: (m.S4Model(1, 3, 8, 1, l_max=20, d_state=4), (images(2, 20, 1),)),
+    "transformer": lambda m: (
+        m.Transformer(16, d_model=16, num_layers=1, num_heads=2, d_ff=32),
+        (ids(2, 5), ids(2, 6)),
+        lambda model, x, y: m.label_smoothing_loss(model(x, y[:, :-1]), y[:, 1:], 0.1, 0),
+    ),
+    "vit": lambda m: (
+        m.ViT(16, 8, num_classes=3, dim=16, depth=1, heads=2),
+        (images(2, 3, 16, 16),),
+    ),
+    "vae": lambda m: (
+        m.VAE((8, 8), 4, (16,)),
+        (images(2, 8, 8).round(),),
+        lambda model, x: -model.elbo(x).mean(),
+    ),
+    "cvae": lambda m: (
+        m.CVAE(16, 48, 4, 16),
+        (images(2, 16).round(), images(2, 48).round()),
+        lambda model, x, y: -m.hybrid_objective(model, x, y, 0.5).mean(),
+    ),
+    "gan": lambda m: (
+        m.Discriminator((1, 8, 8), 8),
+        (images(2, 1, 8, 8),),
+        lambda model, x: -m.value(model(x), model(x.flip(0))),
+    ),
+    "diffusion": lambda m: (
+        m.UNet(1, 8, (1, 2), 1, num_classes=3),
+        (images(2, 1, 8, 8), torch.tensor([1, 7]), torch.tensor([0, -1])),
+    ),
+}
+
+
+def total(out):
+    if isinstance(out, torch.Tensor):
+        return out.float().square().mean()
+    return sum(total(o) for o in out if isinstance(o, torch.Tensor | tuple | list))
+
+
+def build(name):
+    """-> model, loss(): a function without arguments, the same random numbers at every call."""
+    model, inputs, *loss = MODELS[name](importlib.import_module(name))
+    model.eval()
+
+    def run():
+        torch.manual_seed(0)
+        return loss[0](model, *inputs) if loss else total(model(*inputs))
+
+    return model, run
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_autocast_stays_near_float32(name):
+    model, run = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run()
+    torch.testing.assert_close(loss.float(), run(), rtol=0.1, atol=0.02)
+    grads = gradients(model, loss)
+    assert grads and all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_compile_gives_the_same_loss_and_gradients(name):
+    """aot_eager: the tracing and the joint graph of torch.compile, without a C++ compiler."""
+    model, run = build(name)
+    loss = run()
+    want = gradients(model, loss)
+    torch._dynamo.reset()
+    got = torch.compile(run, backend="aot_eager")()
+    torch.testing.assert_close(got, loss, rtol=1e-4, atol=1e-6)
+    for p, q in zip(gradients(model, got), want):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
