@@ -518,3 +518,8 @@ def test_nan_stops_the_run(trained, tmp_path, capsys):
     assert code == 1 and "at step" in err[-1]
     weights = torch.load(tmp_path / "n.pt", weights_only=True)["models"]["regularised"]
     assert all(w.isfinite().all() for w in weights.values())  # the last good checkpoint is kept
+
+
+@pytest.mark.results
+def test_readme_figure_still_holds(tmp_path):
+    assert vit.main(["--out", str(tmp_path), "--target", ".696"]) == 0
