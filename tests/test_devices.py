@@ -46,6 +46,21 @@ MODELS = {
         m.UNet(1, 8, (1, 2), 1, num_classes=3),
         (images(2, 1, 8, 8), torch.tensor([1, 7]), torch.tensor([0, -1])),
     ),
+    "dqn": lambda m: (
+        m.QNetwork(6),
+        ((images(2, 4, 84, 84) * 255).byte(),),
+    ),
+    "simclr": lambda m: (
+        m.SimCLR(m.ENCODERS["small"](), 16),
+        (images(4, 3, 32, 32), images(4, 3, 32, 32).flip(3)),
+        lambda model, a, b: m.nt_xent(model(a)[1], model(b)[1]),
+    ),
+    "mae": lambda m: (
+        m.MAE(16, 4, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2),
+        (images(2, 3, 16, 16), 0.5, images(2, 16)),
+        lambda model, x, ratio, noise: model(x, ratio, noise)[0],
+    ),
+    "infini_attention": lambda m: (m.InfiniTransformer(16, 16, 1, 2, 8), (ids(2, 20),)),
 }
 
 
