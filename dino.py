@@ -244,26 +244,12 @@ def gather(x: Tensor) -> Tensor:
     return Gather.apply(x) if rank_and_world()[1] > 1 else x[None]
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Over (B, C) or (B, C, H, W) of all processes: local statistics would give partners away."""
-
-    def _check_input_dim(self, x):
-        pass
+class BatchNorm(nn.BatchNorm1d):
+    """Over the rows (n, C) of all processes: each of them normalises all, and takes its own."""
 
     def forward(self, x):
-        world = rank_and_world()[1]
-        if not self.training or world == 1:
-            return super().forward(x)
-        dims, shape = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2))
-        mean, var = gather(torch.stack([x.mean(dims), x.var(dims, correction=0)])).unbind(1)
-        var = (var + (mean - mean.mean(0)) ** 2).mean(0)  # within and between the processes
-        mean, n = mean.mean(0), world * x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        rank, world = rank_and_world()
+        return super().forward(gather(x).flatten(0, 1)).chunk(world)[rank]
 
 
 def average(model: nn.Module, *values: float) -> list[float]:
@@ -545,10 +531,7 @@ def build(args, x: Tensor, K: int) -> dict:
             student = Network(vit, nn.Linear(args.dim, K) if labels else head).to(x.device)
             teacher = copy.deepcopy(student).requires_grad_(False)  # equal weights, other object
             loss_fn = DINOLoss(args.K, args.tau_s, args.center_momentum).to(x.device)
-            groups = {
-                True: [],
-                False: [],
-            }  # matrices and filters decay; biases, norms, tokens don't
+            groups = {True: [], False: []}  # matrices and filters decay; biases, tokens don't
             for p in student.parameters():
                 groups[p.ndim in (2, 4)].extend([p] if p.requires_grad else [])
             optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], args.lr)
@@ -562,9 +545,8 @@ def train(runs, data, args, done=(), history=()):
 
     (x, y), (rank, world), stop = data, rank_and_world(), []
     done, history = dict(done), list(history)
-    colours = {
-        name: getattr(args, name) for name in ("rotate", "flip", "jitter", "hue", "grey", "blur")
-    }
+    colours = "rotate", "flip", "jitter", "hue", "grey", "blur"
+    colours = {name: getattr(args, name) for name in colours}
     V, B = 2 + args.local_views, args.batch_size
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:
@@ -590,16 +572,11 @@ def train(runs, data, args, done=(), history=()):
                         t = teacher(views[:2])  # the teacher sees the global views only
                     loss = loss_fn(s, t, tau_t)  # Eq. 3
                     h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
-                warm, lr = (
-                    min(1.0, step / max(1, args.warmup * steps)),
-                    args.label_lr if labels else args.lr,
-                )
-                optimizer.param_groups[0]["weight_decay"] = cosine(
-                    args.weight_decay, args.weight_decay_end, step, steps
-                )
-                optimizer.param_groups[1]["weight_decay"] = 0.0
-                for group in optimizer.param_groups:
-                    group["lr"] = warm * cosine(lr, lr * 1e-3, step, steps)
+                warm, lr = step / max(1, args.warmup * steps), args.label_lr if labels else args.lr
+                strong = cosine(args.weight_decay, args.weight_decay_end, step, steps)
+                for group, decay in zip(optimizer.param_groups, (strong, 0.0)):
+                    rate = min(1.0, warm) * cosine(lr, lr * 1e-3, step, steps)
+                    group.update(lr=rate, weight_decay=decay)
                 optimizer.zero_grad(); loss.backward()  # fmt: skip
                 now, h, kl, stopped, norm = average(student, loss.item(), h, kl, float(len(stop)))
                 if not math.isfinite(now + norm):
@@ -615,14 +592,10 @@ def train(runs, data, args, done=(), history=()):
                     history.append((name, step, now, h, kl))
                 if stopped or step % args.log_every == 0 or step == steps:
                     done[name], ms = step, (time.time() - t0) / (step - first) * 1e3
-                    row = f"step {step:5d}/{steps} | {name} loss {now:.4f}"
-                    row += (
-                        ""
-                        if labels
-                        else f" | entropy {h:.3f} of {math.log(args.K):.3f} | KL {kl:.3f}"
-                    )
+                    row = f" | entropy {h:.3f} of {math.log(args.K):.3f} | KL {kl:.3f}"
+                    row = f"{name} loss {now:.4f}{'' if labels else row} | {ms:.0f} ms/step"
                     if rank == 0:
-                        tqdm.write(f"{row} | {ms:.0f} ms/step")
+                        tqdm.write(f"step {step:5d}/{steps} | {row}")
                     if rank == 0 and args.save:
                         save(args, runs, done, history)
                 if stopped:
@@ -814,11 +787,8 @@ def parse(argv):
         official = bool(args.load) and "script" not in ckpt
         own, heads = {} if official else ckpt.get("args", {}), args.heads
         quick = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 8, "dim": 16, "depth": 2}
-        default = {k: v[0] for k, v in DEFAULTS.items()} | {
-            "data": "digits",
-            "stem": "conv",
-            "head": "bn",
-        }
+        default = {"data": "digits", "stem": "conv", "head": "bn"}
+        default |= {k: v[0] for k, v in DEFAULTS.items()}
         for name, value in (default | (quick if args.quick else {})).items():
             if getattr(args, name) is None:
                 setattr(args, name, own.get(name, value))

@@ -60,12 +60,15 @@ def test_help_answers_in_5_seconds(file):
     )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_copied_alone_it_imports(file, tmp_path):
-    """A user's folder: this one file, torch, and none of the demo's packages."""
-    (tmp_path / file.name).write_text(file.read_text())
-    block = "matplotlib tqdm sklearn gymnasium pytest".split()
-    code = f"import sys\nfor m in {block}: sys.modules[m] = None\nimport {file.stem}"
+def test_copied_alone_each_imports(tmp_path):
+    """A user's folder: one file, torch, and neither a sibling nor any of the demo's packages."""
+    code = f"import runpy, sys\nfor m in {sorted(NAMES)}: sys.modules[m] = None\n"
+    code += "for m in 'matplotlib tqdm sklearn gymnasium pytest'.split(): sys.modules[m] = None\n"
+    for file in FILES:
+        (tmp_path / file.stem).mkdir()
+        copy = tmp_path / file.stem / file.name
+        copy.write_text(file.read_text())
+        code += f"runpy.run_path({str(copy)!r}, run_name='alone')\n"
     env = {**os.environ, "PYTHONPATH": ""}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
 
