@@ -25,7 +25,7 @@ Differs  Colour jitter is one 3 x 3 matrix per image, in a fixed order, hue as a
 Run      python moco.py                    # canvas digits, some 6 minutes on one core
          python moco.py --data cifar10.npz --save cifar.pt            # ResNet-18, long; a GPU
          torchrun --nproc-per-node 8 moco.py --data cifar10.npz       # shuffles across processes
-Expect   Seeds 0-2, linear probe with 1,000 labels, digits never seen in training: .792 +- .010, with
+Expect   Seeds 0-2, linear probe with 1,000 labels, unseen test digits: .792 +- .010, with
          all labels .833 +- .012 (k-NN .687 +- .039, .764 +- .026). The aim, .80, is missed by .01.
          Raw pixels .143, grey centred .149, random network .206 +- .022, the same network trained
          with the labels alone .829 +- .012. After 400 steps: m = 0 .200 +- .030, its loss stays at

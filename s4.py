@@ -425,7 +425,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="digits (default) or a .npz file like Keras's mnist.npz (paper: MNIST)")
-    flag("--steps", type=int, help="default 1,800; 8,000 for a file")
+    flag("--steps", type=int, help="default 2,400; 8,000 for a file")
     flag("--batch-size", type=int, help="default 16; 50 for a file")
     flag("--lr", type=float, help="peak rate, default 1e-2; the SSM at most 1e-3 (as paper)")
     flag("--diagonal", action="store_true", default=None, help="S4D, default S4")
@@ -445,7 +445,7 @@ def parse(argv):
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
             old = {**loaded["args"], "steps": loaded["step"]}
             args.seed = old["seed"]
-        sizes = (1800, 16) if (args.data or old.get("data", "digits")) == "digits" else (8000, 50)
+        sizes = (2400, 16) if (args.data or old.get("data", "digits")) == "digits" else (8000, 50)
         defaults = ("digits", *((3, 4) if args.quick else sizes), 1e-2, False)
         for name, value in zip(("data", "steps", "batch_size", "lr", "diagonal"), defaults):
             if getattr(args, name) is None:
