@@ -221,6 +221,13 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of all processes' x, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 class Gather(torch.autograd.Function):
     """x -> (world, *x.shape), the x of all processes, with gradients.
 
@@ -312,16 +319,26 @@ class Network(nn.Module):
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between what the teacher says of two views and the student of all others."""
+    """Cross-entropy between what the teacher says of two views and the student of all others.
 
-    def __init__(self, K: int, tau_s: float = 0.1, center_momentum: float = 0.9):
+    sinkhorn: not the centre, but Sinkhorn-Knopp keeps the outputs in balance (Caron et al. 2020,
+    SwAV; the paper's Table 7 has it, too): a batch must use all of them alike, which is stricter.
+    """
+
+    def __init__(self, K: int, tau_s=0.1, center_momentum=0.9, sinkhorn=False):
         super().__init__()
-        self.tau_s, self.momentum = tau_s, center_momentum
+        self.tau_s, self.momentum, self.sinkhorn = tau_s, center_momentum, sinkhorn
         self.register_buffer("center", torch.zeros(1, K))
 
     def teacher_probabilities(self, t: Tensor, tau_t: float) -> Tensor:
         """t (n, K) -> P_t (n, K), centred and sharpened; no gradient reaches the teacher."""
-        return torch.softmax((t.detach() - self.center) / tau_t, -1)
+        if not self.sinkhorn:
+            return torch.softmax((t.detach() - self.center) / tau_t, -1)
+        P = torch.softmax(t.detach() / tau_t, -1)
+        for _ in range(3):
+            P = P / total(P.sum(0, keepdim=True)).clamp(min=1e-12)  # each output is used alike,
+            P = P / P.sum(1, keepdim=True)  # each image says something
+        return P
 
     def forward(self, s: Tensor, t: Tensor, tau_t: float) -> Tensor:
         """s (V B, K), t (2 B, K), both view by view with the global views first -> the loss."""
@@ -339,9 +356,7 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def update_center(self, t: Tensor):
         """c <- m c + (1 - m) mean(t), over the batch of all processes (Eq. 4)."""
-        mean = t.mean(0, keepdim=True)
-        if dist.is_initialized():
-            dist.all_reduce(mean.div_(dist.get_world_size()))
+        mean = total(t.mean(0, keepdim=True)) / rank_and_world()[1]
         self.center.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
 
 
@@ -515,6 +530,7 @@ def build(args, x: Tensor, K: int) -> dict:
         ("DINO", args.steps, 0, True, True),
         ("centring only", args.short, 0, True, False),
         ("sharpening only", args.short, 0, False, True),
+        ("both", args.short, 0, True, True),
         ("few labels", args.label_steps, args.few, False, False),
         ("all labels", args.label_steps, all_labels, False, False),
     ):
@@ -530,7 +546,8 @@ def build(args, x: Tensor, K: int) -> dict:
             head = DINOHead(args.dim, args.K, args.hidden, args.bottleneck, args.head == "bn")
             student = Network(vit, nn.Linear(args.dim, K) if labels else head).to(x.device)
             teacher = copy.deepcopy(student).requires_grad_(False)  # equal weights, other object
-            loss_fn = DINOLoss(args.K, args.tau_s, args.center_momentum).to(x.device)
+            sinkhorn = name == "DINO" and args.balance == "sinkhorn"
+            loss_fn = DINOLoss(args.K, args.tau_s, args.center_momentum, sinkhorn).to(x.device)
             groups = {True: [], False: []}  # matrices and filters decay; biases, tokens don't
             for p in student.parameters():
                 groups[p.ndim in (2, 4)].extend([p] if p.requires_grad else [])
@@ -765,6 +782,7 @@ def parse(argv):
         flag(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}: {text}")
     flag("--stem", choices=["conv", "patch"], help="default conv: convolutions (paper: patch)")
     flag("--head", choices=["bn", "plain"], help="default bn: with batch norm (paper: plain)")
+    flag("--balance", choices=["sinkhorn", "center"], help="default sinkhorn (paper: center)")
     flag("--validate", action="store_true", help="judge on the last tenth of the training images")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
@@ -787,7 +805,7 @@ def parse(argv):
         official = bool(args.load) and "script" not in ckpt
         own, heads = {} if official else ckpt.get("args", {}), args.heads
         quick = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 8, "dim": 16, "depth": 2}
-        default = {"data": "digits", "stem": "conv", "head": "bn"}
+        default = {"data": "digits", "stem": "conv", "head": "bn", "balance": "sinkhorn"}
         default |= {k: v[0] for k, v in DEFAULTS.items()}
         for name, value in (default | (quick if args.quick else {})).items():
             if getattr(args, name) is None:

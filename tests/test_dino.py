@@ -217,6 +217,22 @@ def test_centre():
     torch.testing.assert_close(P, torch.softmax((t - 2) / 0.5, -1))
 
 
+def test_sinkhorn_by_hand_uses_all_outputs_alike():
+    t = torch.randn(12, 4) + torch.tensor([9.0, 0, 0, 0])  # as it is, one output would take all
+    P = [[math.exp((t[i, k] - t[i].max()).item() / 0.5) for k in range(4)] for i in range(12)]
+    P = [[p / sum(row) for p in row] for row in P]
+    for _ in range(3):
+        columns = [sum(row[k] for row in P) for k in range(4)]
+        P = [[p / c for p, c in zip(row, columns)] for row in P]
+        P = [[p / sum(row) for p in row] for row in P]
+    loss_fn = DINOLoss(4, sinkhorn=True)
+    got = loss_fn.teacher_probabilities(t.requires_grad_(), 0.5)
+    torch.testing.assert_close(got, torch.tensor(P), rtol=1e-4, atol=1e-6)
+    assert not got.requires_grad and (got.mean(0) - 0.25).abs().max() < 0.05
+    P = loss_fn.teacher_probabilities(torch.tensor([[99.0, 0.0], [99.0, 0.0]]), 0.01)
+    assert P.isfinite().all()  # an output that nobody uses
+
+
 def test_teacher_is_the_exact_average():
     student = tiny_network()
     teacher = copy.deepcopy(student)

@@ -464,7 +464,6 @@ def test_the_file_alone_builds_its_model(tmp_path):
 
 
 @pytest.mark.results
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_readme_figure(seed, tmp_path):
-    done = run("--seed", seed, "--out", tmp_path, "--target", "0.95")
+def test_readme_figure(tmp_path):
+    done = run("--out", tmp_path, "--target", "0.97")
     assert done.returncode == 0, done.stdout + done.stderr
