@@ -55,6 +55,16 @@ MODELS = {
         (images(4, 3, 32, 32), images(4, 3, 32, 32).flip(3)),
         lambda model, a, b: m.nt_xent(model(a)[1], model(b)[1]),
     ),
+    "moco": lambda m: (
+        m.MoCo(m.ENCODERS["small"](dim=8), 8, 16),
+        (images(4, 3, 32, 32), images(4, 3, 32, 32).flip(3), torch.tensor([2, 0, 3, 1])),
+        lambda model, q, k, shuffle: model(q, k, shuffle)[0],
+    ),
+    "dino": lambda m: (
+        m.Network(m.ViT(16, 8, dim=16, depth=1, heads=2), m.DINOHead(16, 8, 16, 8)),
+        (images(4, 3, 16, 16), images(4, 3, 8, 8), images(4, 8)),
+        lambda model, x, local, t: m.DINOLoss(8)(model([x, x.flip(3), local]), t.repeat(2, 1), 1.0),
+    ),
     "mae": lambda m: (
         m.MAE(16, 4, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2),
         (images(2, 3, 16, 16), 0.5, images(2, 16)),
