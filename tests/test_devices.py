@@ -55,6 +55,11 @@ MODELS = {
         (images(4, 3, 32, 32), images(4, 3, 32, 32).flip(3)),
         lambda model, a, b: m.nt_xent(model(a)[1], model(b)[1]),
     ),
+    "simclr_v2": lambda m: (
+        m.SimCLR(m.resnet((1,), 8), 8),
+        (images(4, 3, 16, 16),),
+        lambda model, x: m.nt_xent(*model(torch.cat([x, x.flip(3)])).chunk(2)),
+    ),
     "moco": lambda m: (
         m.MoCo(m.ENCODERS["small"](dim=8), 8, 16),
         (images(4, 3, 32, 32), images(4, 3, 32, 32).flip(3), torch.tensor([2, 0, 3, 1])),

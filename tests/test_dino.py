@@ -520,4 +520,4 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, data, flags, capsys, monkeyp
 
 @pytest.mark.results
 def test_readme_figure_still_holds(tmp_path):
-    assert dino.main(["--out", str(tmp_path), "--target", ".27"]) == 0
+    assert dino.main(["--out", str(tmp_path), "--target", ".78"]) == 0
