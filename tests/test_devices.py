@@ -46,6 +46,10 @@ MODELS = {
         m.UNet(1, 8, (1, 2), 1, num_classes=3),
         (images(2, 1, 8, 8), torch.tensor([1, 7]), torch.tensor([0, -1])),
     ),
+    "video_diffusion": lambda m: (
+        m.UNet3D(1, 8, (1, 2), heads=2, num_classes=3),
+        (images(2, 4, 1, 8, 8), torch.tensor([0.5, -1.0]), torch.tensor([0, -1]), 1),
+    ),
     "dqn": lambda m: (
         m.QNetwork(6),
         ((images(2, 4, 84, 84) * 255).byte(),),

@@ -117,6 +117,7 @@ ALL += ["--lr -1", "--log-every 0", "--out file", "--save .", "--save none/x.pt"
 IMAGES = ["missing", "truncated", "pickled", "float", "shape", "labels", "part"]
 IMAGES = [f"--data {name}.npz" for name in IMAGES] + ["--data good.npz --batch-size 999"]
 TAKES_IMAGES = "vae cvae gan diffusion vit s4 simclr moco dino mae simclr_v2".split()
+TAKES_IMAGES += ["video_diffusion"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
