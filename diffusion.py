@@ -535,7 +535,7 @@ SIZES = {  # default for 8x8 images, up to 31x31, larger (as the paper's CIFAR-1
     "mults": ("1 2", "1 2 4", "1 2 2 2", "1 2", "their multiple at each level"),
     "blocks": (1, 1, 2, 1, "residual blocks per level"),
     "dropout": (0.0, 0.0, 0.1, 0.0, "dropout, below 1"),
-    "steps": (2500, 5000, 800_000, 8, "training steps"),
+    "steps": (3000, 5000, 800_000, 8, "training steps"),
     "batch_size": (64, 64, 128, 8, "images per step"),
     "lr": (2e-3, 2e-3, 2e-4, 2e-3, "peak rate, falls to 0"),
     "ema": (0.995, 0.999, 0.9999, 0.9, "decay of the averaged weights, below 1"),
@@ -551,7 +551,7 @@ def parse(argv):
         text += f"; default {a} for 8x8, {b} up to 31x31, {c} for larger images (and in the paper)"
         flag(f"--{name.replace('_', '-')}", type=type(a), help=text)
     flag("--sigma2", choices=["beta", "beta_tilde"], help="default beta (paper: both)")
-    flag("--drop-label", type=float, help="share of labels hidden in training, default 0.5")
+    flag("--drop-label", type=float, help="share of labels hidden in training, default 0.75")
     flag("--ddim", type=int, help="DDIM's steps: default 20; with --samples: Algorithm 2")
     flag("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1, default 0")
     flag("--w", type=float, nargs=2, default=[0.0, 2.0], help="two guidance weights, default 0 2")
@@ -568,7 +568,7 @@ def parse(argv):
     flag("--target", type=float, help="exit 1 if FD of the unlabelled samples is above this")
     args, loaded, data, state = parser.parse_args(argv), None, None, {"step": 0, "history": []}
     try:
-        defaults = {"data": "digits", "sigma2": "beta", "drop_label": 0.5, "seed": 0}
+        defaults = {"data": "digits", "sigma2": "beta", "drop_label": 0.75, "seed": 0}
         if args.load:
             loaded = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(loaded, dict) or loaded.get("script") != "diffusion":
