@@ -539,3 +539,8 @@ def test_a_step_without_the_demo():
     assert (
         d.ddim(model, args.shape, 3, y=torch.tensor([0, 1]), w=1.5, clip=True).shape == args.shape
     )
+
+
+@pytest.mark.results
+def test_readme_figure_still_holds(tmp_path):
+    assert script.main(["--out", str(tmp_path), "--target", "0.31"]) == 0

@@ -407,3 +407,8 @@ def test_same_seed_same_losses_and_an_interrupted_run_resumes_exactly(tmp_path, 
     assert torch.load("d.pt")["history"] != a["history"]
     for other in (b, c):
         assert all(torch.equal(w, other["models"][k]) for k, w in a["models"].items())
+
+
+@pytest.mark.results
+def test_readme_figure_still_holds(tmp_path):
+    assert vae.main(["--out", str(tmp_path), "--target", "-22.37"]) == 0
