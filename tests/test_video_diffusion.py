@@ -680,5 +680,5 @@ def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path, capsys, monkeypa
 
 @pytest.mark.results
 def test_readme_figure_still_holds(tmp_path):
-    """The identity of samples without a label: the README's mean less its spread, and a little."""
-    assert script.main(["--out", str(tmp_path), "--target", "0.48"]) == 0
+    """The identity of samples without a label: the README's mean less its spread."""
+    assert script.main(["--out", str(tmp_path), "--target", "0.61"]) == 0
