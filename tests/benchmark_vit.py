@@ -33,7 +33,7 @@ def candidates(image, patch, dim, depth, heads, classes):
             image, patch, num_classes=classes, embed_dim=dim, depth=depth, num_heads=heads
         )
         models["timm"].load_state_dict(models["vit.py"].state_dict())
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         print(f"timm left out: {error}", file=sys.stderr)
     try:
         from vit_pytorch import ViT as Lucid
@@ -42,7 +42,7 @@ def candidates(image, patch, dim, depth, heads, classes):
             image_size=image, patch_size=patch, num_classes=classes, dim=dim, depth=depth,
             heads=heads, mlp_dim=4 * dim, dim_head=dim // heads,
         )  # fmt: skip
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         print(f"vit-pytorch left out: {error}", file=sys.stderr)
     return models
 
