@@ -1,6 +1,7 @@
-"""One torch thread (tests run side by side with others) and the same seed before every test."""
+"""One torch thread (tests run side by side with others) and the same start before every test."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the scripts that tests start
 
@@ -11,5 +12,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(sys, "argv", ["pytest"])  # argparse's name, also in a worker of xdist
