@@ -24,7 +24,7 @@ Differs  B_bar = dt B, the first-order form that the official code uses, not the
          The copying demo has length 128 and not 4096, 8 data tokens and not 16, 1,500 steps and
          not 400,000, and sequences that grow in training: it has to end in minutes. Its LTI model
          keeps gate and convolution (Table 1's "Mamba block + S4"); its SSM is real and diagonal.
-Run      python mamba.py                           # selective copying, some 6 minutes on 2 cores
+Run      python mamba.py                           # selective copying, 5 1/2 minutes on 2 cores
          python mamba.py --task induction          # Table 2: accuracy from 64 to 65,536 tokens
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
          torchrun --nproc-per-node 2 mamba.py      # the batch shared out between processes
