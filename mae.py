@@ -39,7 +39,8 @@ Expect   Test accuracy after 800 steps of fine-tuning, seeds 0-2: 1,000 labels .
          Linear probe, 1,000 labels .321 +- .006, all .362 +- .005 (random network .195, .236; grey
          centred pixels .149, .156). k-NN, 1,000 labels: .184, below grey centred pixels' .502.
          Short runs with 25, 50, 75 % hidden: linear .229, .224, .227 (seed 1), no trend to be
-         seen. Paper: ViT-B/L/H fine-tuned on ImageNet 83.6 / 85.9 / 86.9 %.
+         seen; the encoder is 1.2, 1.7, 2.7 times as fast as on all patches.
+         Paper: ViT-B/L/H fine-tuned on ImageNet 83.6 / 85.9 / 86.9 %.
 """
 
 import argparse
