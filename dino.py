@@ -571,10 +571,11 @@ def train(runs, data, args, done=(), history=()):
         for name, run in runs.items():
             student, teacher, loss_fn, optimizer, steps, labels, center, sharp = run
             first, t0, known = done.get(name, 0), time.time(), labelled(x, labels, args.seed)
+            h = kl = 0.0
             for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
                 g = torch.Generator().manual_seed(args.seed * 10**10 + step)
                 rows = torch.randint(labels or len(x), (B,), generator=g)[rank::world].to(x.device)
-                u, h, kl = torch.rand(V, B, 16, generator=g)[:, rank::world], 0.0, 0.0
+                u = torch.rand(V, B, 16, generator=g)[:, rank::world]
                 image = to_float(x[known[rows] if labels else rows])
                 kinds = [((args.crop, 1.0), None)] * 2
                 kinds += [((args.local_crop, args.crop), args.local_size)] * args.local_views
@@ -589,7 +590,8 @@ def train(runs, data, args, done=(), history=()):
                     with torch.no_grad():
                         t = teacher(views[:2])  # the teacher sees the global views only
                     loss = loss_fn(s, t, tau_t)  # Eq. 3
-                    h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
+                    if step % 10 == 0 or step in (first + 1, steps):
+                        h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
                 warm, lr = step / max(1, args.warmup * steps), args.label_lr if labels else args.lr
                 strong = cosine(args.weight_decay, args.weight_decay_end, step, steps)
                 for group, decay in zip(optimizer.param_groups, (strong, 0.0)):
@@ -603,7 +605,8 @@ def train(runs, data, args, done=(), history=()):
                     student.head.last_layer.zero_grad()
                 clip_gradients(student, args.clip)
                 optimizer.step()
-                update_teacher(teacher, student, cosine(args.momentum, 1.0, step, steps))
+                if not labels:
+                    update_teacher(teacher, student, cosine(args.momentum, 1.0, step, steps))
                 if center and not labels:
                     loss_fn.update_center(t)  # Eq. 4
                 if stopped or step % 10 == 0 or step == steps:

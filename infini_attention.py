@@ -107,10 +107,8 @@ class InfiniAttention(nn.Module):
         A = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         if not self.local_only:
             if memory is None:
-                memory = (
-                    v.new_zeros(B, self.heads, D // self.heads, D // self.heads),
-                    v[:, :, 0] * 0,
-                )
+                d = D // self.heads
+                memory = v.new_zeros(B, self.heads, d, d), v.new_zeros(B, self.heads, d)
             # no positions here: they would tie what is stored to a place in its segment. Read
             # before written: what this segment adds would show its tokens their own future
             A_mem = retrieve(q, *memory)

@@ -660,7 +660,7 @@ def main(argv=None) -> int:
     try:
         if step < args.steps:
             if rank == 0 and not args.no_compile:
-                print("compiling the scan: 10-20 s the first time, then from its cache", flush=True)
+                print("compiling the scan: 30 s the first time, then from its cache", flush=True)
             step, history, stopped = train(models, optimizers, draw, args, step, history)
     except FloatingPointError as error:
         print(f"mamba.py: stopped: {error}", file=sys.stderr)

@@ -53,14 +53,14 @@ from torch import Tensor
 # ---- 1. Views: MoCo v1's are the paper's [Technical details], v2 adds blur ----
 
 
-def augment(x: Tensor, u: Tensor, crop=0.08, rotate=0.0, flip=0.5, jitter=0.8, hue=0.2, grey=0.2,
-            blur=0.5) -> Tensor:  # fmt: skip
+def augment(x: Tensor, u: Tensor, crop=0.2, rotate=0.0, flip=0.5, jitter=0.4, hue=0.4, grey=0.2,
+            blur=0.0) -> Tensor:  # fmt: skip
     """Random views of images x (B, 3, H, W) in [0, 1], as u (B, 16), uniform in [0, 1), says.
 
     crop: least share of the area, resized back, aspect 3/4 to 4/3; rotate: degrees either way;
     flip, grey, blur: probabilities; jitter: brightness, contrast and saturation by factors of up to
-    1 +- jitter, and hue by up to this share of the circle, in 4 of 5 views (the paper's s (.8, .8,
-    .8, .2)). All geometry is one warp, all colour one 3 x 3 matrix per image.
+    1 +- jitter, and hue by up to this share of the circle, in 4 of 5 views. The defaults are v1's;
+    v2: hue .1, blur .5. All geometry is one warp, all colour one 3 x 3 matrix per image.
     """
     (B, C, H, W), u = x.shape, u.to(x)
     s = 2 * u - 1  # uniform in [-1, 1)

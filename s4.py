@@ -26,7 +26,7 @@ Run      python s4.py                    # digits in 1,024 steps, beside a GRU: 
          python s4.py --data mnist.npz   # sequential MNIST, 784 steps: not yet timed to its end
 Expect   test accuracy 0.979 +- 0.009, GRU 0.625 +- 0.043 (seeds 0-2; S4 .983 .969 .986); chance
          0.100; the paper's sequential MNIST 0.9963. The GRU has as many parameters, sees the same
-         images, takes 20% more time than S4, and still rises at the end; its rate was not tuned.
+         images, takes 20% more time on one core, and still rises at the end; its rate: not tuned.
          The number of steps was raised from 1,800 after two seeds' test figures (.975, .944).
 """
 
