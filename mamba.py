@@ -77,33 +77,33 @@ def selective_scan_ref(u, dt, A, B, C, D, h0=None) -> tuple[Tensor, Tensor]:
 # Fusion        A_bar, B_bar and h are N times larger than u or y. Written to memory, they cost
 #               more than the arithmetic. `torch.compile` turns a chunk of 16 unrolled steps into
 #               one kernel: h enters, sixteen y leave, the rest never travels beyond the cache.
+#               (A chunk's A_bar is made just before it: torch's own exp has ten times the speed
+#               of the exp in compiled CPU code. And a large batch is run a few rows at a time.)
 # Recomputation The backward needs every h_t. Keeping them is (B, L, D, N) again; instead one h per
 #               chunk is kept, and the backward kernel redoes its 16 steps before it reverses them.
 #
 # State and A lie as (N, D) here, the long axis last: sums over N then add whole vectors.
 
 
-def _chunk_forward(u, dt, B, C, h, A):
-    """u, dt (M, T, D), B, C (M, T, N), h (M, N, D), A (N, D) -> y (M, T, D), h at the end."""
+def _chunk_forward(A_bar, u, dt, B, C, h):
+    """A_bar (M, T, N, D), u, dt (M, T, D), B, C (M, T, N), h (M, N, D) -> y (M, T, D), last h."""
     bu, hs = dt * u, []
     for t in range(u.shape[1]):
-        A_bar = torch.exp(dt[:, t, None] * A)  # (M, N, D)
-        h = A_bar * h + bu[:, t, None] * B[:, t, :, None]  # Eq. 2a
+        h = A_bar[:, t] * h + bu[:, t, None] * B[:, t, :, None]  # (M, N, D)  Eq. 2a
         hs.append(h)
     return (torch.stack(hs, 1) * C[..., None]).sum(2), h  # Eq. 2b
 
 
-def _chunk_backward(u, dt, B, C, h, dy, A, g, dA):
+def _chunk_backward(A_bar, u, dt, B, C, h, dy, A, g, dA):
     """Gradients of one chunk. g (M, N, D) is dloss/dh at its end and, returned, at its start."""
-    bu, A_bars, hs = dt * u, [], [h]
+    bu, hs = dt * u, [h]
     for t in range(u.shape[1]):  # recompute what the forward did not keep
-        A_bars.append(torch.exp(dt[:, t, None] * A))
-        hs.append(A_bars[t] * hs[t] + bu[:, t, None] * B[:, t, :, None])
+        hs.append(A_bar[:, t] * hs[t] + bu[:, t, None] * B[:, t, :, None])
     gs, es = [], []
     for t in reversed(range(u.shape[1])):
         g = g + C[:, t, :, None] * dy[:, t, None]  # dloss/dh_t
         gs.append(g)
-        g = A_bars[t] * g  # what reaches h_(t-1)
+        g = A_bar[:, t] * g  # what reaches h_(t-1)
         es.append(g * hs[t])  # dloss/d(dt_t A), because d exp(x) = exp(x) dx
         dA = dA + es[-1] * dt[:, t, None]
     G, E, H = torch.stack(gs[::-1], 1), torch.stack(es[::-1], 1), torch.stack(hs[1:], 1)
@@ -131,6 +131,11 @@ def _compiled(kernel):
             return run(*args)
 
     return call
+
+
+def _decay(dt, A):
+    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D)."""
+    return (dt[:, :, None] * A).exp_()
 
 
 def _cut(x, S, T):
@@ -167,12 +172,12 @@ class _SelectiveScan(torch.autograd.Function):
         if S > 1:
             end = h.new_zeros(batch * S, *A_t.shape)
             for chunk in chunks:
-                _, end = kernel(*chunk, end, A_t)
+                _, end = kernel(_decay(chunk[1], A_t), *chunk, end)
             h = _carry(end, sum(c[1].sum(1) for c in chunks), A_t, h)
         ys, hs = [], []
         for chunk in chunks:
             hs.append(h)
-            y, h = kernel(*chunk, h, A_t)
+            y, h = kernel(_decay(chunk[1], A_t), *chunk, h)
             ys.append(y)
         ctx.save_for_backward(u, dt, A, B, C, *hs)
         ctx.S, ctx.T, ctx.compile = S, T, compile
@@ -190,11 +195,11 @@ class _SelectiveScan(torch.autograd.Function):
         if ctx.S > 1:  # the same two passes, from the end of time to its start
             start = zero
             for chunk in chunks:
-                start = kernel(*chunk, A_t, start, zero)[4]
+                start = kernel(_decay(chunk[1], A_t), *chunk, A_t, start, zero)[4]
             g = _carry(start, sum(c[1].sum(1) for c in chunks), A_t, g, backwards=True)
         grads, dA = [], zero
         for chunk in chunks:
-            *grad, g, dA = kernel(*chunk, A_t, g, dA)
+            *grad, g, dA = kernel(_decay(chunk[1], A_t), *chunk, A_t, g, dA)
             grads.append(grad)
         du, ddt, dB, dC = (_join(x[::-1], *u.shape[:2]) for x in zip(*grads))
         dh0 = g.unflatten(0, (u.shape[0], ctx.S))[:, 0].transpose(1, 2)
@@ -224,7 +229,11 @@ def selective_scan(u, dt, A, B, C, D, h0=None, return_state=False, chunk=16, com
     if L < chunk:
         y, h = selective_scan_ref(x, dt, A, B, C, D, h0)
     else:
-        y, h = _SelectiveScan.apply(x, dt, A, B, C, h0, chunk, compile)
+        # rows of the batch whose chunk fits a core's cache; a GPU takes all at once
+        rows = max(1, 2**15 // A.numel()) if u.device.type == "cpu" else batch
+        parts = zip(*(t.split(rows) for t in (x, dt, B, C, h0)))
+        parts = [_SelectiveScan.apply(*t[:2], A, *t[2:], chunk, compile) for t in parts]
+        y, h = map(torch.cat, zip(*parts))
         y = y + D * x
     return (y.to(u.dtype), h) if return_state else y.to(u.dtype)
 
@@ -422,29 +431,37 @@ def text_batch(n: int, length: int, g: torch.Generator, text: Tensor):
     return text[window][:, :-1], text[window][:, 1:]
 
 
+def batch(args, step: int, length: int | None = None):
+    """The batch of a step, on the device; of `length` tokens, else as long as training has it."""
+    g = torch.Generator().manual_seed(args.seed * 10**10 + step)
+    if args.task == "lm":
+        ids = text_batch(args.batch_size, args.length, g, args.text)
+    else:  # a curriculum, the same for all models: the sequences grow
+        part = min(1.0, step / (0.75 * args.steps))
+        length = length or 16 + int((args.length - 16) * part**2)
+        make = copying_batch if args.task == "copying" else induction_batch
+        ids = make(args.batch_size, length, g)
+    return [t.to(args.device) for t in ids]
+
+
 # ---- 6. Training ----
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def train(models, optimizers, draw, args, start=0, history=()):
-    """Trains all models on the same batches -> step, [(step, name, loss, acc)], stopped."""
+def train(models, optimizers, args, state) -> bool:
+    """Trains all models on the same batches, on from `state`. Returns whether Ctrl-C ended it."""
     from tqdm import tqdm
 
-    (rank, world), history, stop = rank_and_world(), list(history), []
-    step, t0 = start, time.time()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first, stop, t0 = state["step"], [], time.time()
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after the step
-    for step in tqdm(range(start + 1, args.steps + 1), disable=rank > 0 or None):
-        x, y = (t[rank::world] for t in draw(step))  # each process takes its share of the batch
+    for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
+        x, y = (t[rank::world] for t in batch(args, step))  # each process takes its share
         part = step / args.steps  # warm-up, then half a cosine
         lr = args.lr * min(1.0, part / 0.05) * (1 + math.cos(math.pi * part)) / 2
         for name, model in models.items():
             logits = model(x)[:, -y.shape[1] :]  # the answers are read off the last positions
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-            for group in optimizers[name].param_groups:
-                group["lr"] = lr
+            optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].zero_grad(); loss.backward()  # fmt: skip
             right = (logits.argmax(-1) == y).float().mean()
             now = torch.stack([loss.detach(), right, loss.new_tensor(float(len(stop)))])
@@ -456,25 +473,21 @@ def train(models, optimizers, draw, args, start=0, history=()):
                 raise FloatingPointError(f"the {name} model's loss is {loss} at step {step}")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[name].step()
-            history.append((step, name, loss, acc))
+            state["history"].append((step, name, loss, acc))
+        state["step"] = step
         if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
-            now = [f"{n} loss {l:.4f} acc {a:.3f}" for _, n, l, a in history[-len(models) :]]
-            ms = (time.time() - t0) / (step - start) * 1e3
-            tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now, f"{ms:.0f} ms/step"]))
-            if args.save:
-                save(args, models, optimizers, step, history)
+            rows = state["history"][-len(models) :]
+            now = " | ".join(f"{n} loss {l:.4f} acc {a:.3f}" for _, n, l, a in rows)
+            ms = (time.time() - t0) / (step - first) * 1e3
+            tqdm.write(f"step {step:5d}/{args.steps} | {now} | {ms:.0f} ms/step")
+            if args.save:  # beside its place, then moved there: a crash leaves the old one
+                for key, things in {"models": models, "optimizers": optimizers}.items():
+                    state[key] = {name: thing.state_dict() for name, thing in things.items()}
+                torch.save(state, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
         if stopped:
-            break
-    return step, history, bool(stopped)
-
-
-def save(args, models, optimizers, step, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "mamba", "args": vars(args), "step": step, "history": history}
-    state["models"] = {name: m.state_dict() for name, m in models.items()}
-    state["optimizers"] = {name: o.state_dict() for name, o in optimizers.items()}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
+            return True
+    return False
 
 
 # ---- 7. Evaluation and picture ----
@@ -485,16 +498,16 @@ def read(model, ids: Tensor, last: int, piece: int = 1024) -> Tensor:
     """Logits of the last positions of ids (B, L), read piece by piece with the state handed on."""
     if not model.backbone["layers"][0]["mixer"].selective:
         return model(ids)[:, -last:]
-    state, tail = None, None
+    state, tail = None, ids.new_empty(len(ids), 0, model.lm_head.out_features)
     for part in ids.split(piece, 1):
         logits, state = model(part, state, return_state=True)
-        tail = (logits if tail is None else torch.cat([tail, logits], 1))[:, -last:]
+        tail = torch.cat([tail, logits], 1)[:, -last:]
     return tail
 
 
-def accuracy(model, draw, batches: int) -> float:
+def accuracy(model, args, batches: int, length: int) -> float:
     """Share of right answers on fresh batches: of steps 10^9 on, which training never reaches."""
-    fresh = [draw(10**9 + i) for i in range(batches)]
+    fresh = [batch(args, 10**9 + i, length) for i in range(batches)]
     right = [read(model, x, y.shape[1]).argmax(-1) == y for x, y in fresh]
     return torch.cat(right).float().mean().item()
 
@@ -531,66 +544,81 @@ def draw_picture(args, models, history, x, table):
             dt = mixer.select(seen[0])[0][0].median(-1).values.cpu()
         hook.remove()
         b.set(title="step size Delta in the last layer, median of the channels", xlabel="position")
+        bars = b.bar(range(len(dt)), dt, 1.0, color="lightgray")
         if args.task == "copying":
+            color = {
+                "data": "tab:red",
+                "the 3 places after it": "lightsalmon",
+                "marker": "tab:blue",
+            }
             data = (x > 0) & (x < 15)  # the convolution shows a token to four positions
             near = F.pad(data[None].float(), (3, 0)).unfold(1, 4, 1).amax(-1)[0]
-            shade = torch.where(data, 2, torch.where(x == 15, 3, near.long()))
-            color = [["lightgray", "lightsalmon", "tab:red", "tab:blue"][k] for k in shade]
-            b.bar(range(len(dt)), dt, 1.0, color=color)
-            b.set(
-                xlabel="data red, the 3 places after it light red, blanks gray, copy markers blue"
-            )
+            for bar, hit, by, t in zip(bars, data, near, x):
+                kind = "data" if hit else "marker" if t == 15 else "the 3 places after it"
+                bar.set_color(color[kind] if hit or by or t == 15 else "lightgray")
+            b.legend([b.bar(0, 0, color=c) for c in color.values()], color, loc="upper left")
         else:
-            b.bar(range(len(dt)), dt, 1.0)
             b.set_xticks(range(len(dt)), [chr(t) if 32 < t < 127 else " " for t in x.tolist()])
     fig.savefig(os.path.join(args.out, "mamba.png"), dpi=110)
 
 
 # ---- 8. Command line ----
 
+TASKS = ["copying", "induction", "lm"]
+DEFAULTS = {  # by task, --quick, least, most, meaning
+    "steps": (1500, 2000, 2000, 4, 1, 10**8, "(paper: 400,000 for copying)"),
+    "batch_size": (64, 32, 12, 4, 1, 10**6, "sequences (paper: 64, induction 8)"),
+    "length": (128, 256, 64, 40, 20, 10**7, "tokens (paper: 4096, 256)"),
+    "lr": (6e-3, 3e-3, 4e-3, 1e-3, 1e-12, 9.0, "peak rate (paper: 1e-4, 1e-3)"),
+    "seed": (0, 0, 0, 0, 0, 10**8, "of weights and batches"),
+    "log_every": (100, 100, 100, 100, 1, 10**8, "steps between log lines"),
+}
+
 
 def parse(argv):
-    """-> args, checkpoint or None, text or None, and what ends the run with one line, status 2."""
+    """-> args, models, optimizers, state, fresh or loaded. Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    tasks = ["copying", "induction", "lm"]
-    flag("--task", choices=tasks, default="copying", help="default copying; defaults below by task")
+    flag("--task", choices=TASKS, help="default copying")
     flag("--data", help="text for --task lm: its bytes are the tokens, its last tenth the test")
-    flag("--steps", type=int, help="default 1500 / 2000 / 2000 (paper: 400,000 for copying)")
-    flag("--batch-size", type=int, help="default 64 / 32 / 12 (paper: 64, induction 8)")
-    flag("--length", type=int, help="default 128 / 256 / 64 tokens (paper: 4096, 256)")
-    flag("--lr", type=float, help="peak, default 6e-3 / 3e-3 / 4e-3 (paper: 1e-4 / 1e-3)")
-    flag("--seed", type=int, default=0, help="default 0")
+    for name, (*values, _, _, _, text) in DEFAULTS.items():
+        text = f"default {' / '.join(f'{v:g}' for v in values)} by task, {text}"
+        flag(f"--{name.replace('_', '-')}", type=type(values[0]), help=text)
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--log-every", type=int, default=100, help="steps between log lines, default 100")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is proved")
     flag("--target", type=float, help="exit 1 if the metric of the last line misses this")
     flag("--no-compile", action="store_true", help="run the scan eagerly: no compiler, no warm-up")
-    args, loaded, text = parser.parse_args(argv), None, None
+    args, state = parser.parse_args(argv), {"step": 0, "history": []}
     try:
         if args.load:
-            loaded = torch.load(args.load, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict) or loaded.get("script") != "mamba":
+            state = torch.load(args.load, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or state.get("script") != "mamba":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-            args.task, args.seed = loaded["args"]["task"], loaded["args"]["seed"]
-            for name in ("data", "batch_size", "length", "lr"):
-                if getattr(args, name) is None:
-                    setattr(args, name, loaded["args"][name])
-            args.steps = args.steps or loaded["step"]
-        sizes = {"copying": (1500, 64, 128, 6e-3), "induction": (2000, 32, 256, 3e-3)}
-        sizes = (4, 4, 40, 1e-3) if args.quick else sizes.get(args.task, (2000, 12, 64, 4e-3))
-        for name, value in zip(("steps", "batch_size", "length", "lr"), sizes):
+        own = state["args"] | {"steps": state["step"]} if args.load else {}
+        args.task, args.data = (
+            own.get("task") or args.task or "copying",
+            args.data or own.get("data"),
+        )
+        for name, (*values, quick, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
-                setattr(args, name, value)
-        if min(args.steps, args.batch_size, args.log_every) < 1 or args.length < 20:
-            raise ValueError("--steps, --batch-size, --log-every must be > 0, --length >= 20")
-        if not 0 < args.lr < math.inf:
-            raise ValueError("--lr must be > 0")
+                default = quick if args.quick else values[TASKS.index(args.task)]
+                setattr(args, name, own.get(name, default))
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError("--batch-size must be a multiple of the number of processes")
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            os.makedirs(args.out, exist_ok=True)  # what can't be written fails now, not at the end
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=args.device)
         if args.task == "lm":
             if not args.data:
                 raise ValueError("--task lm needs --data FILE")
@@ -598,70 +626,39 @@ def parse(argv):
                 text = torch.frombuffer(bytearray(file.read() or b" "), dtype=torch.uint8).long()
             if len(text) < 20 * args.length:
                 raise ValueError(f"{args.data} is too short: needs {20 * args.length} bytes")
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
-        os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK):  # fails now, not after the training
-                raise ValueError(f"cannot write to the folder {folder}")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=args.device)
+        args.no_compile |= args.quick
+        torch.manual_seed(args.seed)
+        size, models, optimizers = ((256, 128, 6) if args.task == "lm" else (16, 64, 2)), {}, {}
+        for name in ["selective", "LTI"][: 2 if args.task == "copying" else 1]:
+            model = Mamba(*size, selective=name == "selective", compile=not args.no_compile)
+            models[name] = model.to(args.device)
+            # no weight decay: it would draw A and D, and with them the memory's length, to zero
+            optimizers[name] = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.98))
+            if args.load:
+                model.load_state_dict(state["models"][name])
+                optimizers[name].load_state_dict(state["optimizers"][name])
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    args.no_compile |= args.quick
-    return args, loaded, text, parser.error
+    state |= {"script": "mamba", "args": dict(vars(args))}
+    if args.task == "lm":
+        args.text, args.test = text[: -len(text) // 10], text[-len(text) // 10 :].to(args.device)
+    return args, models, optimizers, state
 
 
 def main(argv=None) -> int:
-    args, loaded, text, fail = parse(argv)
-    t0, lm, metric = time.time(), args.task == "lm", 0.0
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank, _ = rank_and_world()
-    torch.manual_seed(args.seed)
-    kinds = {"selective": True, "LTI": False} if args.task == "copying" else {"selective": True}
-    vocab, d_model, n_layer = (256, 128, 6) if lm else (16, 64, 2)
-    models, optimizers, step, history, stopped = {}, {}, 0, [], False
-    for name, selective in kinds.items():
-        model = Mamba(vocab, d_model, n_layer, selective=selective, compile=not args.no_compile)
-        models[name] = model.to(args.device)
-        # no weight decay: it would draw A and D, and with them the length of the memory, to zero
-        optimizers[name] = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.98))
-    try:
-        for name in kinds if loaded else ():
-            step, history = loaded["step"], loaded["history"]
-            models[name].load_state_dict(loaded["models"][name])
-            optimizers[name].load_state_dict(loaded["optimizers"][name])
-    except (KeyError, RuntimeError, ValueError):
-        fail(f"the checkpoint {args.load} does not fit this script's model")
-    if lm:
-        text, test = text[: -len(text) // 10], text[-len(text) // 10 :].to(args.device)
-
-    def draw(step, length=args.length):
-        g = torch.Generator().manual_seed(args.seed * 10**10 + step)
-        # a curriculum, the same for all models: the sequences of the synthetic tasks grow
-        grown = 16 + int((length - 16) * min(1.0, step / (0.75 * args.steps)) ** 2)
-        if args.task == "copying":
-            batch = copying_batch(args.batch_size, grown, g)
-        elif args.task == "induction":
-            batch = induction_batch(args.batch_size, grown, g)
-        else:
-            batch = text_batch(args.batch_size, length, g, text)
-        return [t.to(args.device) for t in batch]
-
-    count = sum(p.numel() for p in models["selective"].parameters()) / 1e6
-    kind = f"bytes {len(text)}/{len(test)}" if lm else f"{args.task} length {args.length}"
+    args, models, optimizers, state = parse(argv)
+    t0, best, table, stopped = time.time(), models["selective"], [], False
+    few, lm, rank = 2 if args.quick else 16, args.task == "lm", int(os.environ.get("RANK", 0))
+    count = sum(p.numel() for p in best.parameters()) / 1e6
+    kind = f"bytes {len(args.text)}/{len(args.test)}" if lm else f"{args.task} length {args.length}"
     if rank == 0:
         print(f"mamba | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+        if state["step"] < args.steps and not args.no_compile:
+            print("compiling the scan: 20 s the first time, then from its cache", flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
-        if step < args.steps:
-            if rank == 0 and not args.no_compile:
-                print("compiling the scan: 30 s the first time, then from its cache", flush=True)
-            step, history, stopped = train(models, optimizers, draw, args, step, history)
+        stopped = train(models, optimizers, args, state)
     except FloatingPointError as error:
         print(f"mamba.py: stopped: {error}", file=sys.stderr)
         return 1
@@ -671,28 +668,27 @@ def main(argv=None) -> int:
             dist.destroy_process_group()
     if rank:  # the other processes of torchrun are done
         return 0
-    seconds, table, best, few = time.time() - t0, [], models["selective"], 2 if args.quick else 16
+    seconds, x = time.time() - t0, None if lm else batch(args, 10**9, args.length)[0][0]
     if lm:
-        g, test = torch.Generator(args.device).manual_seed(args.seed), test[: 500 * few**2]
+        g, test = torch.Generator(args.device).manual_seed(args.seed), args.test[: 500 * few**2]
         sample = best.generate(test[None, :1], 20 * few, generator=g, top_k=40)
         print(bytes(sample[0].tolist()).decode("utf-8", "replace"))
         nats, windows = text_loss(best, test, len(test) - 1), text_loss(best, test, args.length)
-        p = text.bincount(minlength=256) / len(text)
+        p = args.text.bincount(minlength=256) / len(args.text)
         metric, x = nats / math.log(2), test[:96]
         line = f"test bits per byte {metric:.3f} (nats {nats:.3f}; in windows of {args.length} "
         line += f"{windows:.3f}) | byte frequencies {torch.special.entr(p).sum() / math.log(2):.3f}"
     elif args.task == "induction":
         for length in [2**k for k in range(6, 9 if args.quick else 17)]:
-            table.append((length, accuracy(best, functools.partial(draw, length=length), few)))
+            table.append((length, accuracy(best, args, few, length)))
         print("length: accuracy | " + " | ".join(f"{length}: {acc:.3f}" for length, acc in table))
-        metric, x = table[-1][1], draw(10**9)[0][0]
+        metric = table[-1][1]
         line = f"test acc at {length} {metric:.3f} | chance {1 / 15:.3f} | paper 1.000"
     else:
-        accs = {name: accuracy(model, draw, few) for name, model in models.items()}
-        metric, x = accs["selective"], draw(10**9)[0][0]
-        line = f"test acc selective {metric:.4f} | LTI {accs['LTI']:.4f} | chance {1 / 14:.3f}"
+        metric, lti = (accuracy(model, args, few, args.length) for model in models.values())
+        line = f"test acc selective {metric:.4f} | LTI {lti:.4f} | chance {1 / 14:.3f}"
         line += " | paper .998 / .564"
-    draw_picture(args, models, history, x, table)
+    draw_picture(args, models, state["history"], x, table)
     print(f"{line} | {seconds:.0f} s")
     missed = args.target is not None and (metric > args.target if lm else metric < args.target)
     return 130 if stopped else int(missed)
