@@ -184,7 +184,7 @@ def test_first_loss_and_gradients():
 
 def test_the_loss_falls_on_one_batch():
     torch.manual_seed(0)
-    x = mae.normalise(mae.to_float(mae.load_data("digits")[0][:16]))
+    x = mae.normalise(mae.load_data("digits")[0][:16] / 255)
     model = MAE(32, 8, 3, 32, 2, 2, 32, 1, 2, norm_pix=False)
     noise, optimizer = torch.rand(16, 16), torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
@@ -197,7 +197,7 @@ def test_the_loss_falls_on_one_batch():
 
 @torch.no_grad()
 def test_masked_error_by_hand():
-    model, x = tiny(norm_pix=False), torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8)
+    model, x = tiny(norm_pix=False), torch.randint(0, 256, (5, 3, 8, 12), dtype=torch.uint8)
     error, fill, (image, masked, painted) = mae.masked_error(model, x, 0.5)
     noise = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
     _, pred, mask = model(mae.normalise(image), 0.5, noise)
@@ -296,7 +296,7 @@ def test_shapes(size, patch, batch):
 
 def test_canvas_digits():
     x, y, x_test, y_test = mae.load_data("digits")
-    assert x.shape == (6450, 32, 32, 3) and x_test.shape == (1500, 32, 32, 3)
+    assert x.shape == (6450, 3, 32, 32) and x_test.shape == (1500, 3, 32, 32)
     assert y.view(-1, 5).eq(y[::5, None]).all() and len(y_test) == 1500
     assert (x[0] != x[1]).any()  # the same digit, pasted anew
 
@@ -314,7 +314,7 @@ def test_augment():
 
 def test_fine_tuning_starts_from_the_encoder(monkeypatch):
     args = mae.parse(["--quick", "--device", "cpu"])[0]
-    x = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
+    x = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     model, y, starts = mae.build(args, x), torch.arange(20) % 4, []
     monkeypatch.setattr(
         mae,
@@ -329,6 +329,34 @@ def test_fine_tuning_starts_from_the_encoder(monkeypatch):
         mae.fine_tune(start, x, y, 4, args)
     same = [all(s[k].equal(v) for k, v in model.state_dict().items() if k in s) for s in starts]
     assert same == [True, False] and starts[0]["head.weight"].equal(starts[1]["head.weight"])
+
+
+def test_evaluation_uses_the_labels_of_its_rows_and_the_test_part():
+    y = torch.arange(40) % 2
+    x, other = (200 * y).byte().view(-1, 1, 1, 1).expand(-1, 3, 4, 4), y.clone()
+    other[10:] = 1 - y[10:]  # labels that must not be looked at
+    for answers, acc in ((y, 1.0), (1 - y, 0.0)):
+        assert mae.evaluate(lambda x: x, [x, other, x, answers], torch.arange(10)) == [acc, acc]
+
+
+def test_the_study_shows_as_many_labels_as_it_says(monkeypatch, capsys):
+    args = mae.parse(["--quick", "--device", "cpu"])[0]
+    x, y = torch.randint(0, 256, (1100, 3, 16, 16), dtype=torch.uint8), torch.arange(1100) % 3
+    tuned, probed, ratios = [], [], []
+
+    def fine_tune(start, x, y, K, args):
+        tuned.append((start is None, len(x), len(y)))
+        return mae.Classifier(K, image_size=16, patch_size=8, dim=16, depth=1, heads=2)
+
+    monkeypatch.setattr(mae, "fine_tune", fine_tune)
+    monkeypatch.setattr(mae, "evaluate", lambda f, _, rows: probed.append(len(rows)) or [0.1, 0.2])
+    monkeypatch.setattr(mae, "train", lambda *a: ratios.append(a[4].mask_ratio))
+    monkeypatch.setattr(mae, "encoder_speed", lambda *_: 1.0)
+    accs, curve = mae.study(mae.build(args, x), [x, y, x[:20], y[:20]], x[:20], args)
+    pairs = [(False, 100, 100), (True, 100, 100), (False, 1000, 1000), (True, 1000, 1000)]
+    assert tuned == [*pairs, (True, 1100, 1100)] and len(accs) == 5
+    assert probed == [1000, 1100] * 5 + [1100] * 3 and ratios == [r for r, _, _ in curve]
+    assert curve == [(0.25, 0.2, 1.0), (0.5, 0.2, 1.0), (0.75, 0.2, 1.0)]
 
 
 # ---- the script ----
