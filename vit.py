@@ -73,9 +73,8 @@ class Attention(nn.Module):
         if weights is None:
             y = F.scaled_dot_product_attention(q, k, v)  # Eq. 6 and 7, fused
         else:
-            A = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(D // self.heads), -1)  # Eq. 6
-            weights.append(A)
-            y = A @ v  # Eq. 7
+            weights.append(torch.softmax(q @ k.mT / math.sqrt(D // self.heads), -1))  # Eq. 6
+            y = weights[-1] @ v  # Eq. 7
         return self.drop(self.proj(y.transpose(1, 2).reshape(B, N, D)))  # Eq. 8
 
 
@@ -118,10 +117,8 @@ def patchify(x: Tensor, patch) -> Tensor:
 
 
 def conv_net(C: int, layers=((64, 2), (64, 2), (64, 2))) -> nn.Sequential:
-    """3 x 3 convolutions of (width, stride) each, the stem of a hybrid, or a small CNN's body.
-
-    x (B, C, H, W) -> (B, width, H / strides, W / strides). GroupNorm as in the paper's ResNets.
-    """
+    """3 x 3 convolutions of (width, stride) each, the stem of a hybrid or a small CNN's body: x (B,
+    C, H, W) -> (B, width, H / strides, W / strides). GroupNorm as in the paper's ResNets."""
     net = nn.Sequential()
     for width, stride in layers:
         conv = nn.Conv2d(C, width, 3, stride, 1, bias=False)
@@ -145,11 +142,9 @@ class PatchEmbed(nn.Module):
 
 def resize_pos_embed(pos: Tensor, grid, new_grid, prefix: int = 1) -> Tensor:
     """pos (1, prefix + h w, D) learned for grid (h, w) -> the same for new_grid (Section 3.2).
-
     Bicubic with antialias, as timm; DeiT and MAE use torch's plain bicubic (another kernel, up to
     8 % apart). The first `prefix` rows belong to tokens without a place and stay. Slicing
-    pos[:, :n] instead gives every patch but those of the first row a wrong place, silently.
-    """
+    pos[:, :n] instead gives every patch but those of the first row a wrong place, silently."""
     if pos.shape[1] != prefix + math.prod(pair(grid)):
         raise ValueError(f"{pos.shape[1]} positions are not {prefix} + those of grid {grid}")
     places = pos[:, prefix:].float().cpu().transpose(1, 2).unflatten(2, pair(grid))  # (1, D, h, w)
@@ -162,15 +157,13 @@ def resize_pos_embed(pos: Tensor, grid, new_grid, prefix: int = 1) -> Tensor:
 
 class ViT(nn.Module):
     """Images (B, in_chans, H, W) -> logits (B, num_classes); num_classes=0: features (B, D).
-
     image_size, patch_size: an int or a pair (height, width); the patch has to divide the image.
     pool: "cls" (Eq. 4) or "mean" over the patches (Appendix D.3; `fc_norm` then replaces `norm`, as
     in MAE and timm, and class_token=False leaves the token out). stem: a CNN whose feature map
     takes the image's place (hybrid); patch_size then counts its pixels. distilled: DeiT's second
     token and head; in training the output is the pair of logits, in evaluation their mean.
     dropout: after the embedding and each dense layer but qkv (Appendix B.1). drop_path: the rate of
-    the last layer, linear from 0. Names and shapes are those of timm, DeiT, DINO and MAE.
-    """
+    the last layer, linear from 0. Names and shapes are those of timm, DeiT, DINO and MAE."""
 
     def __init__(
         self, image_size=224, patch_size=16, in_chans=3, num_classes=1000, dim=768, depth=12,
@@ -181,10 +174,8 @@ class ViT(nn.Module):
         if not (pool == "cls" and class_token or pool == "mean" and not distilled):
             raise ValueError('pool must be "cls" with a class token or "mean" without distillation')
         self.image_shape, (p, q) = (in_chans, *pair(image_size)), pair(patch_size)
-        C, H, W = self.image_shape
-        if stem is not None:
-            with torch.no_grad():
-                C, H, W = stem(torch.zeros(1, C, H, W)).shape[1:]
+        stem = nn.Identity() if stem is None else stem
+        C, H, W = stem(torch.zeros(1, *self.image_shape)).shape[1:]  # what is cut into patches
         if min(p, q) < 1 or H % p or W % q:
             raise ValueError(f"patches of {p} x {q} don't tile an image of {H} x {W}")
         self.grid, self.prefix = (H // p, W // q), int(class_token) + int(distilled)
@@ -245,10 +236,8 @@ class ViT(nn.Module):
     @classmethod
     def from_state_dict(cls, w: dict, image_size=None, heads=None, **kwargs) -> "ViT":
         """The model that fits these weights of timm, DeiT ({"model": ...}), DINO or MAE, with them.
-
         Another image_size than theirs resizes the positions. The number of heads leaves no trace in
-        weights: 16 at D = 1280, else D / 64, if it isn't given.
-        """
+        weights: 16 at D = 1280, else D / 64, if it isn't given."""
         w = next((w[k] for k in ("model", "state_dict", "teacher") if k in w), w)
         w = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in w.items()}
         other = ("decoder_", "mask_token", "head.mlp", "head.last_layer")  # of MAE and DINO
@@ -282,19 +271,15 @@ ViT_H14 = partial(ViT, patch_size=14, dim=1280, depth=32, heads=16)
 
 def attention_rollout(weights: list[Tensor]) -> Tensor:
     """A (B, h, N, N) of every layer -> what each output saw of each input (B, N, N) (Figure 6).
-
-    arXiv:2005.00928: mean over heads, residual as half: R = A_L' ... A_1', A' = (A + I) / 2.
-    """
+    arXiv:2005.00928: mean over heads, residual as half: R = A_L' ... A_1', A' = (A + I) / 2."""
     R = I = torch.eye(weights[0].shape[-1], device=weights[0].device)
     for A in weights:
         R = (A.mean(1) + I) / 2 @ R
     return R
 
 
-# ---- 4. Objective ----
-
-
-# Classification: F.cross_entropy(logits (B, K), target), target (B,) or, smoothed or mixed, (B, K).
+# ---- 4. Objective, and training without pre-training in plain torch (DeiT, Sections 4 and 6) ----
+# F.cross_entropy(logits (B, K), target), with target (B,) or, smoothed or mixed, (B, K).
 
 
 def hard_distillation_loss(outputs, target: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -304,35 +289,26 @@ def hard_distillation_loss(outputs, target: Tensor, teacher_logits: Tensor) -> T
     return F.cross_entropy(y, target) / 2 + F.cross_entropy(y_dist, y_t) / 2
 
 
-# ---- 5. Training without pre-training: augmentation of a batch, in plain torch ----
-
-
 def rand_augment(x: Tensor, ops: int = 2, magnitude: float = 0.5, flip: bool = False) -> Tensor:
     """RandAugment (arXiv:1909.13719): images x (B, C, H, W) in [0, 1] -> the same.
-
     Each gets `ops` of eleven operations, random in strength up to `magnitude` (0..1), and is moved
-    by up to an eighth; `flip` mirrors every second. One warp at the end does all geometry.
-    """
-    B = len(x)
+    by up to an eighth; `flip` mirrors every second. One warp at the end does all geometry."""
+    B, warps = len(x), torch.zeros(11, 9)  # operation k warps by exp(s W_k), W_k (3, 3)
+    warps[range(4), [1, 3, 2, 5]] = 0.6  # 0, 1: shear x, y; 2, 3: translate x, y
+    warps[4, [1, 3]] = torch.tensor([-1.0, 1.0])  # 4: rotate, by up to one radian
     M = torch.eye(3).repeat(B, 1, 1)  # output place -> input place, both in [-1, 1]
     M[:, :2, 2] = (2 * torch.rand(B, 2) - 1) / 4
     if flip:
         M[:, 0, 0] = 2.0 * torch.randint(0, 2, (B,)) - 1
     for _ in range(ops):
-        kind, s = torch.randint(0, 11, (B,)), (2 * torch.rand(B) - 1) * magnitude
-        G = torch.zeros(B, 3, 3)  # exp(G) is the map
-        for k, (i, j) in enumerate([(0, 1), (1, 0), (0, 2), (1, 2)]):  # shear x, y, translate x, y
-            G[:, i, j] = 0.6 * s * (kind == k)
-        G[:, 0, 1] -= s * (kind == 4)  # rotate, by up to one radian
-        G[:, 1, 0] += s * (kind == 4)
-        M = M @ torch.matrix_exp(G)
-        k, s = kind.view(B, 1, 1, 1).to(x.device), s.view(B, 1, 1, 1).to(x)
-        mean, grey = x.mean((1, 2, 3), keepdim=True), x.mean(1, keepdim=True)
-        levels = (8 * (1 - s.abs())).round().clamp(min=2)
-        x = torch.where(k == 5, x * (1 + s), x)  # brightness
-        x = torch.where(k == 6, mean + (x - mean) * (1 + s), x)  # contrast
-        x = torch.where(k == 7, grey + (x - grey) * (1 + s), x)  # saturation
+        k, s = torch.randint(0, 11, (B,)), (2 * torch.rand(B) - 1) * magnitude
+        M = M @ torch.matrix_exp((s[:, None] * warps[k]).view(B, 3, 3))
+        k, s = k.view(B, 1, 1, 1).to(x.device), s.view(B, 1, 1, 1).to(x)
+        # 5, 6, 7: brightness, contrast, saturation, away from black, from the mean and from grey
+        base = (k == 6) * x.mean((1, 2, 3), keepdim=True) + (k == 7) * x.mean(1, keepdim=True)
+        x = torch.where((k > 4) & (k < 8), base + (x - base) * (1 + s), x)
         x = torch.where((k == 8) & (x > 1 - s.abs()), 1 - x, x)  # solarise
+        levels = (8 * (1 - s.abs())).round().clamp(min=2)
         x = torch.where(k == 9, (x * levels).round() / levels, x).clamp(0, 1)  # posterise; 10: none
     grid = F.affine_grid(M[:, :2].to(x), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
@@ -340,10 +316,8 @@ def rand_augment(x: Tensor, ops: int = 2, magnitude: float = 0.5, flip: bool = F
 
 def mix(x: Tensor, target: Tensor, mixup: float = 0.8, cutmix: float = 1.0):
     """MixUp (arXiv:1710.09412) or CutMix (1905.04899), by a coin where both alphas are > 0.
-
     x (B, C, H, W), target (B, K): each image is blended with another, or a box of it is pasted in;
-    the image's own share is Beta(alpha, alpha). The targets mix as the pixels do.
-    """
+    the image's own share is Beta(alpha, alpha). The targets mix as the pixels do."""
     if not mixup and not cutmix:
         return x, target
     (B, _, H, W), other = x.shape, torch.randperm(len(x)).to(x.device)
@@ -360,15 +334,12 @@ def mix(x: Tensor, target: Tensor, mixup: float = 0.8, cutmix: float = 1.0):
     return keep * x + (1 - keep) * x[other], share * target + (1 - share) * target[other]
 
 
-# ---- 6. Data: a batch is a function of (seed, step), so a resumed run sees what it would have ----
+# ---- 5. Data ----
 
 
 def canvas_digits(x: Tensor, seed: int) -> Tensor:
-    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3), each pasted once.
-
-    It is enlarged to 14-22 pixels, turned by up to 15 degrees, painted in a bright random colour
-    and put at a random place of a dark canvas with some noise.
-    """
+    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3): each enlarged to 14-22 pixels, turned
+    by up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
     g, N = torch.Generator().manual_seed(seed), len(x)
     share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
     place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
@@ -376,14 +347,14 @@ def canvas_digits(x: Tensor, seed: int) -> Tensor:
     A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
     grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
     ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
-    colour = torch.rand(N, 3, 1, 1, generator=g)
-    colour = colour / colour.amax(1, keepdim=True)
+    colour = (c := torch.rand(N, 3, 1, 1, generator=g)) / c.amax(1, keepdim=True)
     x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
     return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 def load_data(path: str) -> list[Tensor]:
-    """A Keras-style npz, or digits -> x_train uint8 (N, H, W, C), y_train (N,), x_test, y_test."""
+    """digits or a Keras-style npz -> x_train uint8 (N, H, W, C), y_train (N,), x_test, y_test. A
+    folder (jpg, png) or npy file -> its first eight images, uint8 (1, H, W, 1 or 3) each."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
@@ -393,35 +364,31 @@ def load_data(path: str) -> list[Tensor]:
         return [canvas_digits(x[:1297], 0), y[:1297], test, y[1297:].repeat(3)]
     import numpy as np
 
+    if not path.endswith(".npz"):
+        from matplotlib.image import imread
+
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        images = [n for n in names if n.lower().endswith((".jpg", ".jpeg", ".png"))][:8]
+        images = [imread(os.path.join(path, n)) for n in images] or np.load(path)[:8]
+        images = [i if i.dtype.kind != "f" else (i * 255).astype("u1") for i in images]
+        return [torch.tensor(i).reshape(1, *i.shape[:2], -1)[..., :3] for i in images]
     with np.load(path, allow_pickle=False) as file:
-        x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    y, y_test = y.reshape(len(x), -1)[:, 0], y_test.reshape(len(x_test), -1)[:, 0]
-    good = x.dtype == x_test.dtype == np.uint8 and x.shape[3:] in ((), (1,), (3,)) and len(x_test)
-    good = good and x.ndim > 2 and x.shape[1:] == x_test.shape[1:] and y_test.max() <= y.max()
-    if not good or {y.dtype.kind, y_test.dtype.kind} - {"i", "u"} or min(y.min(), y_test.min()) < 0:
+        names = ("x_train", "y_train", "x_test", "y_test")
+        x, y, x_test, y_test = (torch.from_numpy(file[name]) for name in names)
+    x, x_test = (t.reshape(*t.shape[:3], -1) for t in (x, x_test))
+    y, y_test = y.reshape(len(x)), y_test.reshape(len(x_test))  # Keras's CIFAR-10 has (N, 1)
+    good = x.dtype == x_test.dtype == torch.uint8 and x.shape[1:] == x_test.shape[1:]
+    good = good and x.shape[3:] in ((1,), (3,)) and 0 <= y_test.min() <= y_test.max() <= y.max()
+    if not good or y.min() < 0 or y.is_floating_point() or y_test.is_floating_point():
         raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
-    x, x_test = (torch.from_numpy(a).reshape(*a.shape[:3], -1) for a in (x, x_test))
-    return [x, torch.tensor(y.astype("i8")), x_test, torch.tensor(y_test.astype("i8"))]
-
-
-def load_images(path: str) -> list[Tensor]:
-    """The first eight images of a folder (jpg, png) or npy file -> uint8 (1, H, W, 1 or 3) each."""
-    import matplotlib.image
-    import numpy as np
-
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    names = [n for n in names if n.lower().endswith((".jpg", ".jpeg", ".png"))][:8]
-    images = [matplotlib.image.imread(os.path.join(path, n)) for n in names]
-    images = images or list(np.load(path, allow_pickle=False)[:8])  # a folder without any: an error
-    images = [i if i.dtype == np.uint8 else (i * 255).astype("uint8") for i in images]
-    return [torch.tensor(i).reshape(1, *i.shape[:2], -1)[..., :3] for i in images]
+    return [x, y.long(), x_test, y_test.long()]
 
 
 def to_float(x: Tensor, model=None) -> Tensor:
     """uint8 (B, H, W, C) -> (B, C, H, W) in [0, 1], in the size and the channels of a ViT."""
     x = x.permute(0, 3, 1, 2) / 255
-    if isinstance(model, ViT) and x.shape[1:] != model.image_shape:
-        C, *size = model.image_shape
+    C, *size = getattr(model, "image_shape", x.shape[1:])
+    if (C, *size) != x.shape[1:]:
         x = x.mean(1, keepdim=True) if C == 1 else x
         x = F.interpolate(x, size, mode="bilinear", antialias=True).expand(-1, C, -1, -1)
     return x
@@ -434,147 +401,131 @@ def normalise(x: Tensor, pixels: str = "half") -> Tensor:
     return (x - mean) / sd
 
 
-# ---- 7. Training ----
+# ---- 6. The demo: a batch depends on (seed, step) alone, so that a resumed run is exact ----
 
 
-def build(args, x: Tensor, y: Tensor):
-    """-> models, optimizers, recipes by name: `plain` is `regularised` with every switch at 0."""
-    (H, W, C), K, models, optimizers, recipes = x.shape[1:], int(y.max()) + 1, {}, {}, {}
-    for name in args.models.split(","):
+def build(args, shape) -> dict:
+    """Images of shape (H, W, C) -> {name: (model, optimizer, recipe)}."""
+    (H, W, C), K, runs = shape, args.classes, {}
+    for name in args.models.split(","):  # `plain` is `regularised` with every switch at 0
         torch.manual_seed(args.seed)
         r = {k: getattr(args, k) if name == "regularised" else 0 for k in RECIPE}
         if name == "cnn":  # the opponent, of as many parameters and milliseconds as the demo's ViT
-            net = conv_net(C, ((32, 2), (64, 2), (128, 2), (128, 1)))
-            model = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, K))
+            body = conv_net(C, ((32, 2), (64, 2), (128, 2), (128, 1)))
+            model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, K))
         else:
-            model = ViT((H, W), args.patch_size, C, K, args.dim, args.depth, args.heads,
-                        pool=args.pool, dropout=r["dropout"], drop_path=r["drop_path"])  # fmt: skip
-        models[name], recipes[name] = model.to(args.device), r
+            size = (H, W), args.patch_size, C, K, args.dim, args.depth, args.heads, 4.0, args.pool
+            model = ViT(*size, dropout=r["dropout"], drop_path=r["drop_path"])
         groups = {True: [], False: []}  # matrices and filters decay; biases, norms, tokens don't
-        for p in model.parameters():
+        for p in model.to(args.device).parameters():
             groups[p.ndim in (2, 4)].append(p)
         groups = [{"params": p, "weight_decay": k * r["weight_decay"]} for k, p in groups.items()]
-        optimizers[name] = torch.optim.AdamW(groups, args.lr)
-    return models, optimizers, recipes
+        runs[name] = model, torch.optim.AdamW(groups, args.lr), r
+    return runs
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, pixels: str = "half") -> float:
+    """The share of the images x uint8 (N, H, W, C) that the model gives their label y (N,)."""
+    model.eval()
+    xs = (normalise(to_float(part, model), pixels) for part in x.split(256))
+    return (torch.cat([model(x).argmax(-1) for x in xs]) == y).float().mean().item()
 
 
-def train(models, optimizers, recipes, data, args, start=0, history=()):
-    """Trains all on the same batches -> last step, [(step, name, loss, val acc)], stopped."""
+def train(args, data, runs, state) -> int:
+    """Trains all on the same batches -> exit status: 1 if a loss isn't finite, 130 on Ctrl-C."""
     from tqdm import tqdm
 
-    x_train, y_train, x_val, y_val = data
-    K, warmup = int(y_train.max()) + 1, max(1, args.warmup * args.steps)
-    (rank, world), history, stop = rank_and_world(), list(history), []
-    step, t0 = start, time.time()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(start + 1, args.steps + 1), disable=rank > 0 or None):
-        g, losses = torch.Generator().manual_seed(args.seed * 10**10 + step), []
-        rows = torch.randint(len(x_train), (args.batch_size,), generator=g).to(x_train.device)
-        rate = min(1.0, step / warmup) * (1 + math.cos(math.pi * step / args.steps)) / 2
-        for name, model in models.items():
-            model.train()
-            torch.manual_seed(args.seed * 10**10 + step)  # for augmentation, dropout and drop_path
-            r, x = recipes[name], to_float(x_train[rows])
-            target = F.one_hot(y_train[rows], K) * (1 - r["smoothing"]) + r["smoothing"] / K
+    x_train, y_train, x_val, y_val, *_ = data
+    first, t0, stop, stopped = state["step"], time.time(), [], False
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    for step in tqdm(range(first + 1, args.steps + 1), disable=args.rank > 0 or None):
+        seed, rows = args.seed * 10**10 + step, []
+        g = torch.Generator().manual_seed(seed)
+        batch = torch.randint(len(x_train), (args.batch_size,), generator=g).to(x_train.device)
+        lr = args.lr * min(1, step / max(1, args.warmup * args.steps))  # warm-up, and a cosine:
+        lr = lr * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for name, (model, optimizer, r) in runs.items():
+            torch.manual_seed(seed)  # for augmentation, dropout and drop_path
+            x, target = to_float(x_train[batch]), F.one_hot(y_train[batch], args.classes)
+            target = target * (1 - r["smoothing"]) + r["smoothing"] / args.classes
             if r["augment"]:
                 x = rand_augment(x, r["augment"], r["magnitude"], r["flip"])
             x, target = mix(x, target, r["mixup"], r["cutmix"])
-            if world > 1:  # a process's share of the batch, once mixed, and its own dropout
-                x, target = x[rank::world], target[rank::world]
-                torch.manual_seed(args.seed * 10**10 + step + rank * 2**50)
-            loss = F.cross_entropy(model(normalise(x)), target)
-            for group in optimizers[name].param_groups:
-                group["lr"] = args.lr * rate
-            optimizers[name].zero_grad(); loss.backward()  # fmt: skip
+            if args.world > 1:  # a process's share of the batch, once mixed, and its own dropout
+                x, target = x[args.rank :: args.world], target[args.rank :: args.world]
+                torch.manual_seed(seed + args.rank * 2**50)
+            loss = F.cross_entropy(model.train()(normalise(x)), target)
+            optimizer.zero_grad(); loss.backward()  # fmt: skip
             now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
-            if world > 1:  # means over the processes: the whole batch's
+            if args.world > 1:  # means over the processes: the whole batch's
                 for t in (now, *(p.grad for p in model.parameters())):
-                    dist.all_reduce(t.div_(world))
-            losses.append(now[0].item())
-            stopped = now[1].item()
+                    dist.all_reduce(t.div_(args.world))
+            loss, stopped = now.tolist()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Appendix B.1
-            if not math.isfinite(losses[-1] + norm):
-                raise FloatingPointError(f"{name}: loss {losses[-1]} or gradient at step {step}")
-            optimizers[name].step()
-        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
-            val = [(predict(m, x_val) == y_val).float().mean().item() for m in models.values()]
-            history += [(step, *row) for row in zip(models, losses, val)]
-            now = [f"{n} loss {l:.3f} val acc {a:.3f}" for n, l, a in zip(models, losses, val)]
-            ms = (time.time() - t0) / (step - start) * 1e3
-            tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now, f"{ms:.0f} ms/step"]))
-            if args.save:
-                save(args, models, optimizers, step, history)
+            if not math.isfinite(loss + norm):
+                why = f"{name}: loss {loss:.4g}, gradient {norm:.4g} at step {step}"
+                print(f"vit.py: stopped: {why}", file=sys.stderr)
+                return 1
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            rows.append((step, name, loss))
+        if args.rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
+            rows = [(*row, accuracy(runs[row[1]][0], x_val, y_val)) for row in rows]
+            now = [f"{name} loss {loss:.3f} val acc {acc:.3f}" for _, name, loss, acc in rows]
+            now.append(f"{(time.time() - t0) / (step - first) * 1e3:.0f} ms/step")
+            tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now]))
+            state["history"] += rows
+            if args.save:  # beside its place, then moved there: a crash leaves the old one
+                state["step"], state["args"] = step, vars(args)
+                state["models"] = {name: m.state_dict() for name, (m, *_) in runs.items()}
+                state["optimizers"] = {name: o.state_dict() for name, (_, o, _) in runs.items()}
+                torch.save(state, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
         if stopped:
-            break
-    signal.signal(signal.SIGINT, before)
-    return step, history, bool(stopped)
-
-
-def save(args, models, optimizers, step, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "vit", "args": vars(args), "step": step, "history": history}
-    state["models"] = {name: m.state_dict() for name, m in models.items()}
-    state["optimizers"] = {name: o.state_dict() for name, o in optimizers.items()}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 8. Evaluation and picture ----
+            return 130
+    return 0
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor, pixels: str = "half") -> Tensor:
-    """Images x uint8 (N, H, W, C) -> classes (N,)."""
-    model.eval()
-    xs = (normalise(to_float(part, model), pixels) for part in x.split(256))
-    return torch.cat([model(x).argmax(-1) for x in xs])
-
-
-@torch.no_grad()
-def draw_picture(args, model: ViT, x: Tensor, truth, history=()):
-    """Curves, filters, similarity of positions, rollout of images x (n, C, H, W) in [0, 1]."""
+def draw_picture(args, model: ViT, x: Tensor, truth, history):
+    """Curves, filters, similarity of positions, rollout of eight images: uint8 or as `to_float`."""
     from matplotlib.figure import Figure  # without pyplot no window is opened
 
+    (h, w), n = model.grid, model.prefix
+    x = x if x.is_floating_point() else to_float(x[:8], model)
     fig = Figure(figsize=(13, 7.5), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[1.15, 1])
     a, b, c = top.subplots(1, 3)
-    for name in dict.fromkeys(h[1] for h in history):
-        a.plot(*zip(*[(h[0], h[3]) for h in history if h[1] == name]), ".-", label=name)
+    for name in dict.fromkeys(row[1] for row in history):
+        a.plot(*zip(*[(row[0], row[3]) for row in history if row[1] == name]), ".-", label=name)
     a.set(title="accuracy on held-out training images", xlabel="step", ylim=(0, 1.02))
     a.legend() if history else a.set_visible(False)
     E = model.patch_embed.proj.weight.float().cpu()  # (D, C, p, q)
     V = torch.linalg.svd(E.flatten(1), full_matrices=False).Vh[:28].unflatten(1, E.shape[1:])
     V = F.pad(V / V.abs().amax((1, 2, 3), keepdim=True), (1,) * 4, value=1.0) / 2 + 0.5
     V = torch.cat([V, V.new_ones(-len(V) % 7, *V.shape[1:])]).unflatten(0, (-1, 7))
-    V = V.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # seven filters to a row of the image
-    b.imshow(V if V.shape[2] == 3 else V[..., 0], cmap="gray")
+    b.imshow(V.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2), cmap="gray")  # seven to a row
     b.set(title="filters: principal components of E (Fig. 7, left)", xticks=[], yticks=[])
-    (h, w), n = model.grid, model.prefix
     pos = F.normalize(model.pos_embed[0, n:].float().cpu(), dim=-1)
     maps = F.pad((pos @ pos.T).view(h, w, h, w), (0, 1, 0, 1), value=math.nan)
     top.colorbar(c.imshow(maps.transpose(1, 2).flatten(2).flatten(0, 1), vmin=-1, vmax=1), ax=c)
     c.set(title="cosine of positions, by patch (Fig. 7, centre)", xticks=[], yticks=[])
     inputs = normalise(x, args.pixels)
-    R = attention_rollout(model.eval().attention(inputs))  # (n, N, N)
+    R = attention_rollout(model.eval().attention(inputs))  # (B, prefix + N, prefix + N)
     R = (R[:, 0, n:] if model.pool == "cls" else R[:, n:, n:].mean(1)).view(-1, 1, h, w)
     R = F.interpolate(R / R.amax((2, 3), keepdim=True), x.shape[2:], mode="bilinear")
-    guess = model(inputs).argmax(-1).tolist() if isinstance(model.head, nn.Linear) else "-" * 8
-    axes = bottom.subplots(2, len(x), squeeze=False)
+    guess = model(inputs).argmax(-1) if isinstance(model.head, nn.Linear) else "-" * 8
     bottom.suptitle("images with answer (truth), and where it looked: attention rollout (Fig. 6)")
-    for i, image in enumerate(x):
-        for axis in axes[:, i]:
-            axis.imshow(image.permute(1, 2, 0).cpu(), cmap="gray", vmin=0, vmax=1)
+    for i, axes in enumerate(bottom.subplots(2, len(x), squeeze=False).T):
+        for axis in axes:
+            axis.imshow(x[i].permute(1, 2, 0).cpu(), cmap="gray", vmin=0, vmax=1)
             axis.axis("off")
-        axes[1, i].imshow(R[i, 0].cpu(), cmap="inferno", alpha=0.6)
-        axes[0, i].set_title(f"{guess[i]} ({truth[i]})")
+        axes[1].imshow(R[i, 0].cpu(), cmap="inferno", alpha=0.6)
+        axes[0].set_title(f"{guess[i]} ({truth[i]})")
     fig.savefig(os.path.join(args.out, "vit.png"), dpi=80)
 
-
-# ---- 9. Command line ----
 
 RECIPE = {  # what the regularised ViT has and the plain one has not: default, least, most, meaning
     "augment": (1, 0, 99, "RandAugment operations per image (DeiT: 2)"),
@@ -597,127 +548,119 @@ DEFAULTS = {
     "patch_size": (8, 1, math.inf, "pixels (paper: 14, 16 or 32 of 224)"),
     "dim": (64, 1, math.inf, "width D (paper: 768 to 1280)"),
     "depth": (4, 1, math.inf, "layers (paper: 12 to 32)"),
-    "heads": (4, 1, math.inf, "attention heads (paper: 12 or 16); official weights: D / 64"),
+    "heads": (4, 0, math.inf, "attention heads (paper: 12 or 16); official weights: 0, for D / 64"),
     **RECIPE,
 }
 
 
 def parse(argv):
-    """-> args, checkpoint or {}, data, model(s). Bad input: one line on stderr, exit 2."""
+    """-> args, data, runs (as `build`), state. Bad input: one line on stderr, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--data", help="digits (default) or FILE.npz; with --load also an image folder or .npy")
+    flag("--data", default="digits", help="default digits; FILE.npz; to draw, a folder or .npy")
     flag("--models", help="default regularised,plain,cnn on digits, else regularised alone")
-    for name, (value, _, _, text) in DEFAULTS.items():
-        flag(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}: {text}")
-    flag("--pool", choices=["cls", "mean"], help="default cls (paper: cls)")
+    for name, (value, *_, text) in DEFAULTS.items():
+        name, text = f"--{name.replace('_', '-')}", f"default {value}: {text}"
+        flag(name, type=type(value), default=value, help=text)
+    flag("--pool", choices=["cls", "mean"], default="cls", help="default cls (paper: cls)")
     flag("--image-size", type=int, help="official weights: resize their positions for this size")
-    flag("--pixels", choices=["half", "imagenet"], help="default half, official weights: imagenet")
+    text = "default half, official weights: imagenet"
+    flag("--pixels", choices=["half", "imagenet"], default="half", help=text)
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate, to go on with (more --steps), or official weights")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
-    flag("--target", type=float, help="exit 1 if the first test accuracy is below this")
+    flag("--target", type=float, default=0, help="exit 1 if the first test accuracy is below this")
     args, ckpt = parser.parse_args(argv), {}
     try:
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=args.device)
         if args.load:
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script", "vit") != "vit":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        own, official = ckpt.get("args", {}), bool(args.load) and "args" not in ckpt
-        heads = args.heads or own.get("heads")
-        short = {"steps": ckpt.get("step", 4 if args.quick else DEFAULTS["steps"][0])}
-        texts = {"data": "digits", "pool": "cls", "pixels": "imagenet" if official else "half"}
-        for name, value in (texts | {k: v[0] for k, v in DEFAULTS.items()}).items():
-            if getattr(args, name) is None:
-                setattr(args, name, short.get(name, own.get(name, value)))
+        if own := ckpt.get("args", {}):
+            known = {k: own[k] for k in ("data", "models", "pool", "pixels", *DEFAULTS)}
+            parser.set_defaults(**known | {"steps": ckpt["step"]})
+        elif args.load:  # official weights
+            parser.set_defaults(pixels="imagenet", heads=0)
+        elif args.quick:
+            parser.set_defaults(steps=4)
+        args = parser.parse_args(argv)  # again: what the command line says goes first
         for name, (_, low, high, _) in DEFAULTS.items():
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
-        digits, npz = args.data == "digits", args.data.endswith(".npz")
-        args.models = args.models or own.get("models", "regularised" + ",plain,cnn" * digits)
-        if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
-            raise ValueError("--models takes regularised, plain and cnn")
-        data = load_data(args.data) if npz or digits else load_images(args.data)
-        if official or not (npz or digits):
-            weights = [w for name, w in ckpt.get("models", {"": ckpt}).items() if name != "cnn"]
-            model = ViT.from_state_dict(weights[0], args.image_size, heads)
-            if npz and isinstance(model.head, nn.Identity):
-                raise ValueError("weights without a head (DINO, MAE) can only draw: give a folder")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=args.device)
+        args.rank, args.world = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1)))
+        data, labels = load_data(args.data), args.data == "digits" or args.data.endswith(".npz")
+        if labels:
+            args.classes, size = int(data[1].max()) + 1, 200 if args.quick else None
+            x, y, *test = (t[:size].to(args.device) for t in data)
+            n = len(x) * 9 // 10  # the last tenth is held out
+            data = [x[:n], y[:n], x[n:], y[n:], *test]
+        if labels and (own or not args.load):
+            args.models = args.models or "regularised" + ",plain,cnn" * (args.data == "digits")
+            if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
+                raise ValueError("--models takes regularised, plain and cnn")
+            if args.batch_size > n or args.batch_size % args.world:
+                raise ValueError(f"--batch-size must be at most {n}, a multiple of the processes")
+            runs = build(args, data[0].shape[1:])
+            for name, (model, optimizer, _) in runs.items() if own else ():
+                model.load_state_dict(ckpt["models"][name])
+                optimizer.load_state_dict(ckpt["optimizers"][name])
         else:
-            data = [t[: 200 if args.quick else None] for t in data]
-            if args.batch_size > len(data[0]) * 9 // 10:
-                raise ValueError("--batch-size is more than the training images")
-            if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-                raise ValueError("--batch-size must be a multiple of the number of processes")
-            model = build(args, *data[:2])
-            for part, objects in zip(("models", "optimizers"), model if own else ()):
-                for name, x in objects.items():
-                    x.load_state_dict(ckpt[part][name])
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
+            weights = [w for name, w in ckpt.get("models", {"": ckpt}).items() if name != "cnn"]
+            model = ViT.from_state_dict(weights[0], args.image_size, args.heads).to(args.device)
+            if labels and isinstance(model.head, nn.Identity):
+                raise ValueError("weights without a head (DINO, MAE) can only draw: give a folder")
+            if not labels:
+                data = [torch.cat([to_float(i.to(args.device), model) for i in data]), "?" * 8]
+            runs = {"loaded": (model, None, None)}
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save and args.save + ".tmp", args.out + "/vit.png")):
-            open(path, "ab").close()  # fails now, not after the training
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, ckpt, data, model
+    return args, data, runs, ckpt if own else {"script": "vit", "step": 0, "history": []}
 
 
 def main(argv=None) -> int:
-    args, ckpt, data, model = parse(argv)
-    t0, look, stopped, accs, truth = time.time(), isinstance(model, ViT), False, {}, "?" * 8
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank, _ = rank_and_world()
-    models = {"loaded": model.to(args.device)} if look else model[0]
-    data, n = [t.to(args.device) for t in data], len(data[0]) * 9 // 10
-    images, line, labelled = data, f"drew {args.data}", data[-1].ndim == 1
-    count = sum(p.numel() for p in next(iter(models.values())).parameters()) / 1e6
-    kind = f"{args.data} {n}/{len(data[2])}" if labelled else args.data
-    if rank == 0:
-        print(
-            f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True
-        )
-    step, history = ckpt.get("step", 0), ckpt.get("history", [])
-    if not look and step < args.steps:
-        split = [t[:n] for t in data[:2]] + [t[n:] for t in data[:2]]  # the last tenth is held out
-        try:
-            step, history, stopped = train(*model, split, args, step, history)
-        except FloatingPointError as error:
-            print(f"vit.py: stopped: {error}", file=sys.stderr)
-            return 1
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    if rank:  # the other processes of torchrun are done
-        return 0
-    if labelled:
-        x, y, x_test, y_test = data
-        images, truth = x_test[:8].split(1), y_test.tolist()
-        for name, m in models.items():
-            accs[name] = (predict(m, x_test, args.pixels) == y_test).float().mean().item()
+    args, (*train_val, x_test, y_test), runs, state = parse(argv)
+    model, trained, _ = next(iter(runs.values()))
+    t0, status, accs, line = time.time(), 0, {}, f"drew {args.data}"
+    count, kind = sum(p.numel() for p in model.parameters()) / 1e6, args.data
+    kind += f" {len(train_val[0])}/{len(x_test)}" if train_val else ""
+    if args.rank == 0:
+        text = f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}"
+        print(text, flush=True)
+    if trained and state["step"] < args.steps:
+        if args.world > 1:  # started by torchrun
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        status = train(args, train_val, runs, state)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if args.world > 1:
+            dist.destroy_process_group()
+    if status == 1 or args.rank:  # not finite, or one of torchrun's other processes
+        return status
+    if train_val:
+        for name, (m, *_) in runs.items():
+            accs[name] = accuracy(m, x_test, y_test, args.pixels)
         line = "test acc " + " | ".join(f"{name} {acc:.4f}" for name, acc in accs.items())
-    if not look:
+    if trained:
         from sklearn.neighbors import KNeighborsClassifier
 
-        x, x_test = x[: min(n, 10000)], x_test[:2000]
-        x, x_test = (t.cpu().flatten(1).numpy().astype("f4") for t in (x, x_test))
-        knn = KNeighborsClassifier(5).fit(x, y[: len(x)].cpu()).score(x_test, y_test[:2000].cpu())
-        line += f" | chance {1 / (int(y.max()) + 1):.3f} | raw-pixel k-NN {knn:.4f}"
-    for shown in [m for m in models.values() if isinstance(m, ViT)][:1]:
-        images = torch.cat([to_float(image, shown) for image in images])
-        draw_picture(args, shown, images, truth, history)
+        x, y = train_val[0][:10000], train_val[1][:10000].cpu()
+        x, x_new = (t.cpu().flatten(1).numpy().astype("f4") for t in (x, x_test[:2000]))
+        knn = KNeighborsClassifier(5).fit(x, y).score(x_new, y_test[:2000].cpu())
+        line += f" | chance {1 / args.classes:.3f} | raw-pixel k-NN {knn:.4f}"
+    for shown in [m for m, *_ in runs.values() if isinstance(m, ViT)][:1]:
+        draw_picture(args, shown, x_test, y_test, state["history"])
     print(f"{line} | {time.time() - t0:.0f} s")
-    missed = args.target is not None and next(iter(accs.values()), 0.0) < args.target
-    return 130 if stopped else int(missed)
+    return status or int(next(iter(accs.values()), 0.0) < args.target)
 
 
 if __name__ == "__main__":

@@ -359,6 +359,34 @@ def test_load_npz(tmp_path):
     assert vit.load_data(str(save_npz(tmp_path / "b.npz", y_train=y)))[1].shape == (40,)
 
 
+def test_images_get_the_units_and_the_size_that_a_model_wants():
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 6, 4, 3)
+    assert vit.normalise(vit.to_float(x)).flatten(1).T.unique(dim=0).tolist() == [[-1.0, 1.0]]
+    black, white = vit.normalise(vit.to_float(x), "imagenet").mean((2, 3))
+    torch.testing.assert_close(white - black, 1 / torch.tensor([0.229, 0.224, 0.225]))
+    torch.testing.assert_close(black, -torch.tensor([0.485, 0.456, 0.406]) * (white - black))
+    for channels in (1, 3):
+        model = tiny(in_chans=channels)
+        assert model(vit.to_float(x, model)).shape == (2, 5)
+
+
+def test_decay_leaves_out_biases_norms_tokens_and_positions(trained):
+    _, _, runs, _ = vit.parse(trained[1])
+    model, optimizer, _ = runs["regularised"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, rest = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
+    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
+    assert all(n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed") for n in rest)
+    assert len(decayed) + len(rest) == len(names)
+
+
+def test_classes_that_only_the_held_out_images_have(tmp_path):
+    path, y = tmp_path / "sorted.npz", np.arange(40) // 19  # class 2 in the last tenth alone
+    data = ["--data", str(save_npz(path, y_train=y)), "--out", str(tmp_path), "--device", "cpu"]
+    options = "--steps 1 --batch-size 8 --dim 8 --depth 1 --heads 1".split()
+    assert vit.main([*data, *options]) == 0
+
+
 # ---- the script ----
 
 
@@ -397,11 +425,17 @@ def test_quick_runs(tmp_path):
 
 def test_resumed_run_is_the_unbroken_one(trained, capsys):
     path, options = trained
-    args, _, data, models = vit.parse([*options, "--save", str(path / "b.pt")])
-    split = [t[:36] for t in data[:2]] + [t[36:] for t in data[:2]]
-    models[0]["regularised"].register_forward_pre_hook(_interrupt_at(2))
-    step, _, stopped = vit.train(*models, split, args)  # Ctrl-C in step 2 of 4
-    assert (step, stopped) == (2, True)
+    args, data, runs, state = vit.parse([*options, "--save", str(path / "b.pt")])
+    assert [len(t) for t in data] == [36, 36, 4, 4, 20, 20]
+    runs["regularised"][0].register_forward_pre_hook(_interrupt_at(2))
+    assert vit.train(args, data, runs, state) == 130  # Ctrl-C in step 2 of 4
+    half = torch.load(path / "b.pt", weights_only=True)
+    assert half["step"] == 2
+    for group, decay in zip(
+        half["optimizers"]["regularised"]["param_groups"], (0.05, 0), strict=True
+    ):
+        assert group["lr"] == pytest.approx(1e-3)  # half of 2e-3: the middle of the cosine
+        assert group["weight_decay"] == decay
     code, out, _ = main(capsys, "--load", path / "b.pt", "--steps", 4, "--save", path / "b.pt",
                         "--log-every", 2, "--out", path)  # fmt: skip
     assert code == 0 and any(line.startswith("step     4/4") for line in out)
