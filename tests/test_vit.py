@@ -314,6 +314,38 @@ def test_rand_augment():
     assert 120 < (flipped[:, 7] > flipped[:, 0]).sum() < 280
 
 
+def test_each_operation_of_rand_augment(monkeypatch):
+    """One operation at a fixed strength on a dot or on colours, and what it has to do there."""
+    dot = torch.zeros(1, 1, 33, 33)
+    dot[..., 16, 24] = 1  # half the side to the right of the middle
+
+    def apply(kind, x, s):
+        monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor([kind]))
+        draws = [torch.full((1, 2), 0.5), torch.tensor([(s + 1) / 2])]
+        monkeypatch.setattr(torch, "rand", lambda *_: draws.pop(0))
+        return vit.rand_augment(x, 1, 1.0)
+
+    def place(y):  # of the dot, in pixels from the middle: x, y
+        mass, at = y[0, 0] / y.sum(), torch.arange(33) - 16.0
+        return (mass.sum(0) @ at).item(), (mass.sum(1) @ at).item()
+
+    assert place(apply(10, dot, 1.0)) == pytest.approx((8, 0), abs=0.1)
+    assert place(apply(2, dot, 0.5)) == pytest.approx((8 - 0.3 * 16.5, 0), abs=0.3)
+    assert place(apply(3, dot, 0.5)) == pytest.approx((8, -0.3 * 16.5), abs=0.3)
+    assert place(apply(0, dot.mT, 0.5)) == pytest.approx((-0.3 * 8, 8), abs=0.3)
+    assert place(apply(1, dot, 0.5)) == pytest.approx((8, -0.3 * 8), abs=0.3)
+    turned = place(apply(4, dot, 0.5))
+    assert math.hypot(*turned) == pytest.approx(8, abs=0.2) and abs(turned[1]) > 3
+    x = torch.tensor([0.2, 0.4, 0.6]).view(1, 3, 1, 1) * torch.tensor([0.5, 1.0]).view(1, 1, 1, 2)
+    x, middle = x.expand(1, 3, 2, 2), x.mean()
+    torch.testing.assert_close(apply(5, x, 0.5), 1.5 * x)
+    torch.testing.assert_close(apply(6, x, 0.5), middle + 1.5 * (x - middle))
+    grey = x.mean(1, keepdim=True)
+    torch.testing.assert_close(apply(7, x, 0.5), grey + 1.5 * (x - grey))
+    torch.testing.assert_close(apply(8, x, 0.5), torch.where(x > 0.5, 1 - x, x))
+    torch.testing.assert_close(apply(9, x, 0.5), (4 * x).round() / 4)
+
+
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mix(mixup, cutmix):
     """Image i is the constant i: the pixels of the mix say what the targets have to be."""
