@@ -483,10 +483,21 @@ def encoder_speed(model: MAE, ratio: float, B: int = 128) -> float:
     return min(times[1:])
 
 
+def grey_centred(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, H W): grey, less its mean, of length one: no colour and no brightness."""
+    x = x.mean(1).flatten(1)
+    return F.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+
+def of_pixels(net):
+    """net, which takes images in [-1, 1], as a function of images in [0, 1]."""
+    return lambda x: net(normalise(x))
+
+
 @torch.no_grad()
 def features(encoder, x: Tensor):
-    """Images uint8 (n, 3, H, W) -> what encoder makes of them in [-1, 1], as numpy (n, D)."""
-    return torch.cat([encoder(normalise(t / 255)).flatten(1) for t in x.split(256)]).cpu().numpy()
+    """Images uint8 (n, 3, H, W) -> what encoder makes of them in [0, 1], as numpy (n, D)."""
+    return torch.cat([encoder(t / 255).flatten(1) for t in x.split(256)]).cpu().numpy()
 
 
 def evaluate(encoder, data, rows: Tensor) -> list[float]:
@@ -514,24 +525,25 @@ def study(model: MAE, data, x_val: Tensor, args):
         rows = order[:n]  # no other label is seen; all of them: for the row "supervised" below
         for name, start in (("MAE", model), ("scratch", None))[n > few :]:
             net = nets[n, name] = fine_tune(start, x[rows], y[rows], int(y.max()) + 1, args)
-            accs[n, name] = float((features(net, x_test).argmax(1) == y_test.cpu().numpy()).mean())
+            guess = features(of_pixels(net), x_test).argmax(1)
+            accs[n, name] = float((guess == y_test.cpu().numpy()).mean())
         now = " | ".join(f"{name} {acc:.3f}" for (k, name), acc in accs.items() if k == n)
         print(f"test acc, {args.tune_steps} steps with {n:5d} labels | {now}", flush=True)
-    frozen = {"MAE": model.pooled, "random network": random.pooled, "supervised": None}
-    frozen["raw pixels"] = lambda x: (x + 1) / 2
-    # neither colour nor brightness nor contrast
-    frozen["grey centred pixels"] = lambda x: F.layer_norm(x.mean(1), x.shape[2:], eps=1e-12)
+    frozen = {"MAE": of_pixels(model.pooled), "random network": of_pixels(random.pooled)}
+    frozen |= {"supervised": None, "raw pixels": lambda x: x, "grey centred pixels": grey_centred}
     print("test acc, frozen features    k-NN 1,000  linear 1,000   k-NN all  linear all")
     for name, f in frozen.items():
-        row = [evaluate(f or nets[n, "scratch"].pooled, data, order[:n]) for n in (few, every)]
-        print(f"{name:24s}" + "".join(f"{acc:12.3f}" for acc in sum(row, [])), flush=True)
+        row = []
+        for n in (few, every):
+            row += evaluate(f or of_pixels(nets[n, "scratch"].pooled), data, order[:n])
+        print(f"{name:24s}" + "".join(f"{acc:12.3f}" for acc in row), flush=True)
     full = encoder_speed(random, 0)
     for ratio in (0.25, 0.5, 0.75):
         short = {"steps": max(1, args.steps // 6), "mask_ratio": ratio, "save": None}
         short = argparse.Namespace(**vars(args) | short)
         other, state = build(args, x), {"step": 0, "history": []}
         train(other, make_optimizer(other, short, short.lr), x, x_val, short, state)
-        acc, ms = evaluate(other.pooled, data, order)[1], encoder_speed(other, ratio)
+        acc, ms = evaluate(of_pixels(other.pooled), data, order)[1], encoder_speed(other, ratio)
         curve.append((ratio, acc, ms))
         now = f"{ms:.0f} ms per 1,000 images, {full / ms:.1f} times as fast as on all patches"
         print(f"mask ratio {ratio:.2f} | linear, all labels {acc:.3f} | encoder {now}", flush=True)
