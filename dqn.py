@@ -20,7 +20,7 @@ Symbols  s, s2 | phi_j, phi_(j+1) | stacks of four screens, uint8 (B, 4, 84, 84)
          q, target | theta_i, theta_(i-1) | network, and the one that makes y      r | r | (B,)
          memory | D | replay memory        y | y | target (B,)    gamma | gamma | discount
          held_out | - | states of a random game, for the average max_a Q of Figure 2
-Differs  `--paper` undoes this, for the paper's 10M frames (days on a CPU; not run):
+Differs  `--paper` undoes this, for the paper's 10M frames (here: steps; days on a CPU, not run):
          Centring   the mean screen is subtracted, so that the layers see what makes states differ.
          Init       He, last layer x .1, biases 0: the first Q are near 0. The paper gives none.
          Optimiser  Adam for RMSProp, Huber for squared error: no step grows with the error.
@@ -28,18 +28,17 @@ Differs  `--paper` undoes this, for the paper's 10M frames (days on a CPU; not r
          Pace       8 games at once; an update every 4 steps (Nature), not each; epsilon to .05 in
                     40,000 steps, not to .1 in 1M; a memory of 100,000, not 1M.
          Screens    all of it at 84 x 84, maximum of two frames, up to 30 no-ops, FIRE at reset
-                    (Nature and ale-py); the paper crops 110 x 84 to 84 x 84 and names no others.
-         Either way gamma .99 and RMSProp's rates are Nature's, this paper has none; Space Invaders
-         skips 4 frames, not 3; every 50,000 steps all games restart, so that --load is exact.
+                    (Nature, ale-py); the paper crops 110 x 84 to 84 x 84 and names no others.
+         Either way gamma .99 and RMSProp's rates are Nature's, Space Invaders skips 4 frames, not
+         3, and all games restart every 50,000 steps, so that --load is exact.
 Run      python dqn.py                            # Pong, some 16 minutes of one core's time
          python dqn.py --load pong.pt --minutes 60 --save pong.pt      # goes on; --save-memory
          python dqn.py --game Breakout --minutes 60 --memory 300000 --save breakout.pt
-Expect   Pong, 160,000 steps, then 10 games at epsilon .05: -9.5 +- 4.2 over seeds 0-2 (-11.2,
-         -12.7, -4.7), a random player -20.0 +- 0.6 (-19.4, -20.2, -20.5) | paper -20.4 and 20 after
-         10M frames, 16 times as many. The pace of target and epsilon was chosen after scores of
-         seeds 0 and 1 with a slower one had been seen (a copy every 500 updates, epsilon over
-         60,000 steps: -15.0, -15.6); seed 2 had no part in it. The average Q rises to 1.7, more
-         than a losing player can earn: the max overestimates.
+Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.2 (-11.2, -12.7, -4.7) |
+         random -20.0 +- .6 | paper 20, random -20.4, after 10M frames: 16 times as many or, if they
+         are steps, 62. The pace of target and epsilon was chosen after a slower one (500 updates,
+         60,000 steps) had scored -15.0, -15.6 with seeds 0 and 1; seed 2 had no part in it. The
+         average Q rises to 1.7, more than a losing player can earn: the max overestimates.
 """
 
 import argparse
@@ -163,7 +162,7 @@ def dqn_loss(q, target, batch, gamma: float = 0.99, loss: str = "huber") -> Tens
     ended the game. A game that was merely cut off (truncated) is not terminal: it had a future.
     """
     s, a, r, s2, terminal = batch
-    with torch.no_grad():  # Eq. 3 has no gradient of y: "the parameters theta_(i-1) are held fixed"
+    with torch.no_grad():  # Eq. 3 has no gradient of y: theta_(i-1) is "held fixed"
         y = r.sign() + gamma * (1 - terminal) * target(s2).amax(1)
     Q = q(s).gather(1, a[:, None])[:, 0]
     return F.smooth_l1_loss(Q, y) if loss == "huber" else F.mse_loss(Q, y)
@@ -225,14 +224,14 @@ def restart(env, args, run) -> Tensor:
 # ---- 5. Training (Algorithm 1, with N games in the place of one) ----
 
 
-def train(env, q, target, opt, memory, held_out, args, run):
+def train(env, q, target, opt, memory, held_out, args, run) -> bool:
     """Changes run in place -> stopped. A step is one action of one game. env: as ale-py's."""
     from tqdm import tqdm
 
-    N, stop, losses, t0 = args.envs, [], [], time.time()
-    chapter, mark = max(N, args.chapter // N * N), (t0, run["step"], run["updates"])
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: after the step
-    bar, obs, done = tqdm(total=100, disable=None, unit="%"), restart(env, args, run), 0.0
+    N, stop, losses, done = args.envs, [], [], 0.0
+    t0, chapter, first = time.time(), max(N, args.chapter // N * N), (run["step"], run["updates"])
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: after the step
+    bar, obs = tqdm(total=100, disable=None, unit="%"), restart(env, args, run)
     try:
         while done < 1 and not stop:
             g = rng(args.seed, run["step"])
@@ -241,8 +240,9 @@ def train(env, q, target, opt, memory, held_out, args, run):
                 action = epsilon_greedy(q(obs.to(args.device)), epsilon, g)
             env.send(action.numpy())  # the emulators play in their own threads ...
             due = (run["step"] + N) // args.train_every - run["step"] // args.train_every
-            due *= len(memory) >= args.warmup
-            for _ in range(due):  # ... while the network learns
+            for _ in range(
+                due if len(memory) >= args.warmup else 0
+            ):  # ... while the network learns
                 batch = [x.to(args.device) for x in memory.sample(args.batch_size, g)]
                 loss = dqn_loss(q, target, batch, args.gamma, args.loss)
                 losses.append(loss.item())
@@ -269,61 +269,55 @@ def train(env, q, target, opt, memory, held_out, args, run):
                 memory.add(obs[:, -1], action, reward, ~cut, cut)
                 run |= {"log": [], "score": torch.zeros(N), "over": ~cut}
                 obs = restart(env, args, run)
-            done = max(run["step"] / args.steps, (time.time() - t0) / 60 / args.minutes)
+            t = time.time() - t0
+            done = max(run["step"] / args.steps, t / 60 / args.minutes)
             if run["step"] % args.log_every < N or done >= 1 or stop:
                 with torch.no_grad():
                     Q = q(held_out.to(args.device)).amax(1).mean().item()
                 run["history"].append((run["step"], "Q", Q))
                 recent = [x for _, kind, x in run["history"] if kind == "score"][-20:] or [math.nan]
-                last, mark = mark, (time.time(), run["step"], run["updates"])
-                t, steps, updates = (new - old for new, old in zip(mark, last))
-                line = f"step {mark[1]:7d} | score {sum(recent) / len(recent):.1f} | Q {Q:.3f} | "
-                line += f"epsilon {epsilon:.2f} | loss {sum(losses) / max(1, len(losses)):.5f} | "
-                tqdm.write(f"{line}{steps / t:.0f} steps/s | {updates / t:.0f} updates/s")
-                losses = []
+                line = f"step {run['step']:7d} | score {sum(recent) / len(recent):.1f} | Q {Q:.3f} "
+                line += f"| epsilon {epsilon:.2f} | loss {sum(losses) / max(1, len(losses)):.5f}"
+                steps, updates = ((run[k] - n) / t for k, n in zip(("step", "updates"), first))
+                tqdm.write(f"{line} | {steps:.0f} steps/s | {updates:.0f} updates/s")
                 bar.update(min(100, 100 * done) - bar.n)
-                if args.save:
-                    save(args, q, target, opt, memory, run, last=done >= 1 or bool(stop))
+                losses = []
+                if args.save:  # beside its place, then moved there: a crash leaves the old one
+                    file = {"script": "dqn", "args": vars(args), "run": run}
+                    file["models"] = {"q": q.state_dict(), "target": target.state_dict()}
+                    full = args.save_memory and (done >= 1 or stop)  # else the games' clocks alone
+                    kept = {k: v for k, v in vars(memory).items() if full or k == "clock"}
+                    file |= {"optimizers": {"q": opt.state_dict()}, "memory": kept}
+                    torch.save(file, args.save + ".tmp")
+                    os.replace(args.save + ".tmp", args.save)
     finally:
-        signal.signal(signal.SIGINT, handler)
-        bar.close()
+        signal.signal(signal.SIGINT, before)
     return bool(stop)
-
-
-def save(args, q, target, opt, memory, run, last):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "dqn", "args": vars(args), "run": run, "optimizers": {"q": opt.state_dict()}}
-    state["models"] = {"q": q.state_dict(), "target": target.state_dict()}
-    full = args.save_memory and last  # else only how long each game has been running
-    state["memory"] = {k: v for k, v in vars(memory).items() if full or k == "clock"}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
 
 
 # ---- 6. Evaluation and picture ----
 
 
 @torch.no_grad()
-def play(q, args, epsilon: float, games: int = 10, keep: int = 0):
+def play(q, args, epsilon: float, games: int = 10):
     """Games in parallel, the same starts for any q -> scores (games,), seed, trail, states.
 
-    trail: action (T, games), Q (T, games, actions), reward (T, games). states: every keep-th one.
+    trail: action (T, games), Q (T, games, actions), reward (T, games). states: every 8th one.
     """
     env, g = make_env(args, games, args.eval_frames), rng(args.seed, 2 * 10**9)
     seed, trail, states = int(torch.randint(2**30, (), generator=g)), [], []
-    obs, score = screens(env.reset(seed=seed)[0]), torch.zeros(games)
-    alive = torch.ones(games, dtype=torch.bool)
+    obs, alive = screens(env.reset(seed=seed)[0]), torch.ones(games, dtype=torch.bool)
     while alive.any():
+        if len(trail) % 8 == 0:
+            states.append(obs[alive])
         Q = q(obs.to(args.device)).cpu()
         action = epsilon_greedy(Q, epsilon, g)
-        if keep and len(trail) % keep == 0:
-            states.append(obs[alive])
         obs, reward, terminated, truncated, _ = env.step(action.numpy())
         obs, reward = screens(obs), torch.from_numpy(reward) * alive
-        score += reward
         trail.append((action, Q, reward))
         alive &= ~torch.from_numpy(terminated | truncated)
-    return score, seed, [torch.stack(x) for x in zip(*trail)], torch.cat(states or [obs[:0]])
+    trail = [torch.stack(x) for x in zip(*trail)]
+    return trail[2].sum(0).float(), seed, trail, torch.cat(states)
 
 
 def draw_picture(args, run, score, random, seed, trail):
@@ -333,8 +327,7 @@ def draw_picture(args, run, score, random, seed, trail):
 
     best = int(score.argmax())
     action, Q, reward = (x[:, best] for x in trail)
-    points = (reward > 0).nonzero()[:, 0].tolist() or [40]
-    point = min(max(36, points[0]), len(action) - 1)  # the first point it won, and what led to it
+    point = min(max(36, int((reward > 0).int().argmax())), len(action) - 1)  # the first that it won
     env = make_env(args, 1, grayscale=False, img_height=210, img_width=160, stack_num=1)
     films = [env.reset(seed=seed + best)[0]]  # that game again, in colour: there is no `render`
     films += [env.step(a[None].numpy())[0] for a in action[: point + 150]]
@@ -342,29 +335,27 @@ def draw_picture(args, run, score, random, seed, trail):
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.25])
     a, b = top.subplots(1, 2)
     curves = {k: [(t, x) for t, kind, x in run["history"] if kind == k] for k in ("score", "Q")}
-    t, scores = zip(*curves["score"] or [(0, math.nan)])
-    a.plot(t, scores, ".", color="lightgray", label="a game in training")
-    k = min(20, len(t))
-    a.plot(t[k - 1 :], torch.tensor(scores).unfold(0, k, 1).mean(1), label=f"mean of {k}")
+    t, x = torch.tensor(curves["score"] or [(0, math.nan)]).T
+    a.plot(t, x, ".", color="lightgray", label="a game in training")
+    a.plot(t, [x[max(0, i - 20) : i].mean() for i in range(1, len(x) + 1)], label="mean of 20")
     a.axhline(random.mean(), color="gray", ls=":", label="random")
     a.plot(run["step"], score.mean(), "r*", ms=12, label="evaluation: 10 games, epsilon .05")
     a.set(title=f"{args.game}: score of a game", xlabel="steps (of 4 frames)")
     a.legend()
     b.plot(*zip(*curves["Q"]))
     b.set(title="average max Q over held-out states (Figure 2, right)", xlabel="steps")
-    names = [x.name.lower() for x in env.ale.get_action_set()]
     bottom.suptitle("an evaluation game up to the first point that it won, and Q of all actions")
-    axes = bottom.subplots(1, 8, width_ratios=[1.25, 1] * 4)
-    for i, t in enumerate(max(0, point - d) for d in (36, 24, 12, 0)):
-        axes[2 * i].imshow(films[t][0, 0], aspect="auto")
-        axes[2 * i].set(title=f"step {t}: {names[action[t]]}", xticks=[], yticks=[])
-        colors = ["tab:red" if n == Q[t].argmax() else "tab:blue" for n in range(len(names))]
-        axes[2 * i + 1].barh(names, Q[t], color=colors)
-        axes[2 * i + 1].tick_params(labelsize=7, labelleft=i == 0)
-        axes[2 * i + 1].set(title=f"max Q {Q[t].max():.2f}", xlim=(min(0, Q.min()), Q.max()))
+    axes, names = bottom.subplots(1, 8), [x.name.lower() for x in env.ale.get_action_set()]
+    for screen, bars, back in zip(axes[::2], axes[1::2], (36, 24, 12, 0)):
+        t = max(0, point - back)
+        screen.imshow(films[t][0, 0], aspect="auto")
+        screen.set(title=f"step {t}: {names[action[t]]}", xticks=[], yticks=[])
+        bars.barh(names, Q[t], color=["tab:red" if x == Q[t].max() else "tab:blue" for x in Q[t]])
+        bars.tick_params(labelsize=7, labelleft=bars is axes[1])
+        bars.set(title=f"max Q {Q[t].max():.2f}", xlim=(min(0, Q.min()), Q.max()))
     fig.savefig(os.path.join(args.out, "dqn.png"), dpi=80)
-    first, *rest = (Image.fromarray(f[0, 0]).quantize(16) for f in films[max(0, point - 150) :])
-    first.save(f"{args.out}/dqn.gif", save_all=True, append_images=rest, duration=60, loop=0)
+    image, *rest = (Image.fromarray(f[0, 0]).quantize(16) for f in films[max(0, point - 150) :])
+    image.save(f"{args.out}/dqn.gif", save_all=True, append_images=rest, duration=60, loop=0)
 
 
 # ---- 7. Command line ----
@@ -402,36 +393,15 @@ QUICK |= {"eval_frames": 200, "log_every": 200}
 FIXED = ("paper", "game", "network", "init", "centre", "optimizer", "envs", "memory", "seed")
 
 
-def build(args, ckpt):
-    """-> env, q, target, optimizer, memory, run: fresh, or as the checkpoint left them."""
-    torch.manual_seed(args.seed)
-    env, N = make_env(args, args.envs), args.envs
-    q = QNetwork(int(env.single_action_space.n), args.network, args.init).to(args.device)
-    target = copy.deepcopy(q).requires_grad_(False) if args.target_every else q
-    if args.optimizer == "adam":
-        opt = torch.optim.Adam(q.parameters(), args.lr, fused=args.device != "mps")
-    else:
-        opt = torch.optim.RMSprop(q.parameters(), args.lr, alpha=0.95, eps=0.01, centered=True)
-    memory, over = ReplayMemory(args.memory, N), torch.zeros(N, dtype=torch.bool)
-    run = {"step": 0, "updates": 0, "history": [], "log": [], "score": torch.zeros(N), "over": over}
-    if ckpt:
-        q.load_state_dict(ckpt["models"]["q"])
-        target.load_state_dict(ckpt["models"]["target"])
-        opt.load_state_dict(ckpt["optimizers"]["q"])
-        vars(memory).update(ckpt["memory"])
-        run = {k: ckpt["run"][k] for k in run}
-    return env, q, target, opt, memory, run
-
-
 def parse(argv):
-    """-> args, checkpoint or {}, what `build` makes. Bad input: one line on stderr, exit 2."""
+    """-> args, checkpoint or {}, what `train` needs. Bad input: one line on stderr, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    for name, (value, paper, choices, text) in DEFAULTS.items():
-        text = f"{text}: default {value}" + f", --paper {paper}" * (paper != value)
-        named = {} if isinstance(choices, tuple) else {"choices": choices}
-        flag(f"--{name.replace('_', '-')}", type=type(value), help=text, **named)
-    flag("--paper", action="store_const", const=True, help="all as in the paper, if not given here")
+    for name, (value, paper, bounds, text) in DEFAULTS.items():
+        text += f": default {value}" + f", --paper {paper}" * (paper != value)
+        among = bounds if isinstance(bounds, list) else None
+        flag(f"--{name.replace('_', '-')}", type=type(value), choices=among, help=text)
+    flag("--paper", action="store_true", help="all as in the paper, if not given here")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture and the GIF, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
@@ -441,68 +411,81 @@ def parse(argv):
     flag("--target", type=float, help="exit 1 if the mean score in evaluation is below this")
     args, ckpt = parser.parse_args(argv), {}
     try:
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
-        torch.zeros(1, device=args.device)
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.load:
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script") != "dqn":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        if args.game:
-            args.game = game_id(args.game)[4:-3]
         own = ckpt.get("args", {})
-        for name in FIXED if own else ():
-            if getattr(args, name) not in (None, own[name]):
-                raise ValueError(f"--{name} {getattr(args, name)}: the checkpoint has {own[name]}")
-        args.paper = bool(own.get("paper", args.paper))
+        args.paper = args.paper or own.get("paper", False)
         values = {k: v[args.paper] for k, v in DEFAULTS.items()} | (QUICK if args.quick else {})
-        values |= own | {"minutes": math.inf} | ({"steps": ckpt["run"]["step"]} if own else {})
-        values |= {"steps": 10**12} if args.minutes else {}
+        values |= own | {"minutes": math.inf}
+        if ckpt or args.minutes:
+            values["steps"] = 10**12 if args.minutes else ckpt["run"]["step"]
+        args.game = game_id(args.game or values["game"])[4:-3]
         for name, (_, _, bounds, _) in DEFAULTS.items():
             if getattr(args, name) is None:
                 setattr(args, name, values[name])
             if isinstance(bounds, tuple) and not bounds[0] <= getattr(args, name) <= bounds[1]:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in {bounds}")
+        for name in FIXED:
+            if getattr(args, name) != own.get(name, getattr(args, name)):
+                raise ValueError(f"--{name} {getattr(args, name)}: the checkpoint has {own[name]}")
         if args.warmup > (args.memory // args.envs - 5) * args.envs:
             raise ValueError(f"--warmup {args.warmup} is too much for a --memory of {args.memory}")
-        parts = build(args, ckpt)
+        torch.manual_seed(args.seed)
+        env, N = make_env(args, args.envs), args.envs
+        q = QNetwork(int(env.single_action_space.n), args.network, args.init).to(args.device)
+        target = copy.deepcopy(q).requires_grad_(False) if args.target_every else q
+        if args.optimizer == "adam":
+            opt = torch.optim.Adam(q.parameters(), args.lr, fused=True)
+        else:
+            opt = torch.optim.RMSprop(q.parameters(), args.lr, alpha=0.95, eps=0.01, centered=True)
+        memory, run = ReplayMemory(args.memory, N), {"step": 0, "updates": 0}
+        run |= {"history": [], "log": [], "score": torch.zeros(N), "over": torch.zeros(N).bool()}
+        if ckpt:
+            target.load_state_dict(ckpt["models"]["target"])
+            q.load_state_dict(ckpt["models"]["q"])  # after the target: without one it is q
+            opt.load_state_dict(ckpt["optimizers"]["q"])
+            opt.param_groups[0]["lr"] = args.lr
+            vars(memory).update(ckpt["memory"])
+            run |= ckpt["run"]
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):  # not at the end
                 raise ValueError(f"cannot write to {folder}, or --save {args.save} is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, ckpt, parts
+    return args, ckpt, (env, q, target, opt, memory, run)
 
 
 def main(argv=None) -> int:
     args, ckpt, (env, q, target, opt, memory, run) = parse(argv)
     if args.device == "cpu":
         torch.set_num_threads(1)  # a second one gains little and takes the emulators' core
-    t0, stopped, actions = time.time(), False, q.net[-1].out_features
-    count = sum(p.numel() for p in q.parameters()) / 1e6
-    print(f"dqn | {count:.2f}M parameters | {args.device} | seed {args.seed} | "
-          f"{args.game}, {actions} actions, {args.envs} games", flush=True)  # fmt: skip
-    random, _, _, states = play(q, args, 1.0, keep=8)
+    t0, stopped = time.time(), False
+    line = f"dqn | {sum(p.numel() for p in q.parameters()) / 1e6:.2f}M parameters | {args.device} "
+    line += f"| seed {args.seed} | {args.game}, {q.net[-1].out_features} actions, {args.envs} games"
+    print(line, flush=True)
+    random, _, _, states = play(q, args, 1.0)
     held_out = states[torch.randperm(len(states), generator=rng(args.seed, 3 * 10**9))[:500]]
     if args.centre and not ckpt:
         q.mean.copy_(states[:, -1].float().mean(0) / 255)
         target.load_state_dict(q.state_dict())
-    if args.steps > run["step"]:
-        try:
+    try:
+        if args.steps > run["step"]:
             stopped = train(env, q, target, opt, memory, held_out, args, run)
-        except FloatingPointError as error:
-            print(f"dqn.py: stopped: {error}", file=sys.stderr)
-            return 1
+    except FloatingPointError as error:
+        print(f"dqn.py: stopped: {error}", file=sys.stderr)
+        return 1
     score, seed, trail, _ = play(q, args, 0.05)
     draw_picture(args, run, score, random, seed, trail)
-    paper = dict(zip(("random", "DQN"), TABLE1.get(args.game, ())))
+    paper = dict(zip(("random", "DQN"), TABLE1.get(args.game, ()))) or "not played"
     line = f"test score {score.mean():.1f} (sd {score.std():.1f}, {len(score)} games) | "
-    line += f"random {random.mean():.1f} | paper: {paper or 'not played'} | {run['step']} steps"
+    line += f"random {random.mean():.1f} | paper: {paper} | {run['step']} steps"
     print(f"{line} | {time.time() - t0:.0f} s")
-    missed = args.target is not None and score.mean() < args.target
-    return 130 if stopped else int(missed)
+    return 130 if stopped else int(args.target is not None and score.mean() < args.target)
 
 
 if __name__ == "__main__":

@@ -400,9 +400,14 @@ def test_load_alone_evaluates_and_without_memory_it_fills_a_new_one(tmp_path, ca
     assert len(again) == 2 and first[-1].split("|")[:4] == again[-1].split("|")[:4]
     size = os.path.getsize(tmp_path / "a.pt")
     more = ["--load", str(tmp_path / "a.pt"), "--steps", "600", "--save", str(tmp_path / "b.pt")]
-    assert dqn.main([*base, *more]) == 0
-    b = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert dqn.main([*base, *more, "--lr", "1e-4"]) == 0
+    a, b = (torch.load(tmp_path / f, weights_only=True) for f in ("a.pt", "b.pt"))
     assert b["run"]["step"] == 600 and size < 2**24 and "frame" not in b["memory"]
+    assert b["optimizers"]["q"]["param_groups"][0]["lr"] == 1e-4  # a new rate is not ignored
+    _, _, (_, q, target, *_) = dqn.parse([*base, *more[:2], "--target-every", "0"])
+    assert target is q  # and without a target network its weights do not displace those of q
+    assert all(torch.equal(v, a["models"]["q"][k]) for k, v in q.state_dict().items())
+    assert any(not torch.equal(v, a["models"]["target"][k]) for k, v in q.state_dict().items())
 
 
 def test_same_seed_same_run(tmp_path, light):
