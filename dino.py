@@ -23,12 +23,12 @@ Symbols  student, teacher | g_s, g_t | backbone and head: images (B, 3, H, W) ->
          tau_s, tau_t | tau_s, tau_t | temperatures        P_s, P_t | P_s, P_t | softmax (n, B, K)
          m | lambda | momentum of the teacher              center_momentum | m | of the centre
          K | K | outputs                                   A | A | attention (B, h, N + 1, N + 1)
-Differs  The demo balances the teacher's outputs by Sinkhorn-Knopp (--balance center: the paper's
-         Eq. 4): a short run with the centre learned hardly more than place and size (see Expect).
-         Its teacher's momentum starts at .8: a short run needs many generations of teachers. Its
-         head has batch norm (--head plain: the paper's), its backbone starts with convolutions
-         (--stem patch). No local crops (--local-views), as a third of a canvas shows no digit;
-         rotation and more hue, no blur, solarising and flips. Weights start at Xavier's scale.
+Differs  The demo balances the teacher's outputs by Sinkhorn-Knopp (--balance center: Eq. 4): with
+         the centre a short run learned hardly more than place and size (see Expect). The teacher's
+         momentum starts at .8: a short run needs many generations. The head has batch norm (--head
+         plain: the paper's), the backbone starts with convolutions (--stem patch). No local crops
+         (--local-views): a third of a canvas shows no digit. Rotation and more hue, no blur, no
+         solarising, no flips. Weights start at Xavier's scale.
 Run      python dino.py                    # canvas digits, 8 minutes on one core
          python dino.py --data cifar10.npz --patch-size 4 --dim 192 --depth 9 --heads 3 --flip 0.5
                 --K 4096 --hidden 1024 --bottleneck 256 --rotate 0 --hue 0.1 --grey 0.2
@@ -36,15 +36,14 @@ Run      python dino.py                    # canvas digits, 8 minutes on one cor
                 --balance center --lr 5e-4 --steps 40000 --short 0    # long, not measured
          python dino.py --load dino_deitsmall8_pretrain.pth --data FOLDER   # official: attention
          torchrun --nproc-per-node 8 dino.py --data cifar10.npz             # splits the batch
-Expect   Seeds 0-2, digits never seen in training. Linear probe with 1,000 labels: teacher .827 +-
-         .040, random network .177 +- .006, grey centred pixels .149, the same network after 300
-         steps with labels .510 +- .063; all labels .860 +- .030. k-NN: .730 +- .046, random .130,
-         grey centred pixels .502 (all labels: .785 +- .051, .174, .737). Attention on the digit:
-         .295 +- .100 of it, of the random network's .146, of the area .152. With the centre in
-         place of Sinkhorn-Knopp, on validation digits, seed 0: linear .211, k-NN .133.
-         Collapse (Figure 7, 150 steps): centring only, entropy ln K = 4.85, KL .00; sharpening
-         only, entropy .06 +- .10, KL .07; both 2.27 +- .80, KL .89. What helped was found on
-         validation digits. Paper (ImageNet, ViT-S/16): 77.0 % linear, 74.5 % k-NN.
+Expect   Seeds 0-2, unseen digits; choices made on validation digits. Linear probe, 1,000 labels:
+         teacher .827 +- .040, random network .177 +- .006, grey centred pixels .149, labels alone
+         (300 steps) .510 +- .063; all labels: .860 +- .030. k-NN: .730 +- .046, random .130, grey
+         .502 (all labels: .785 +- .051, .174, .737). Attention on the digit: .295 +- .100 of it,
+         of the random network's .146, of the area .152. Balanced by the centre, on validation
+         digits, seed 0: linear .211, k-NN .133. Collapse (Figure 7, 150 steps; ln K = 4.85):
+         centring only, entropy 4.85, KL .00; sharpening only .06 +- .10, .07; both 2.27 +- .80,
+         .89. Paper (ImageNet, ViT-S/16): 77.0 % linear, 74.5 % k-NN.
 """
 
 import argparse
@@ -66,43 +65,27 @@ from torch.nn.utils.parametrizations import weight_norm
 # ---- 1. A Vision Transformer for views of any size, with the names of vit.py ----
 
 
-class Attention(nn.Module):
-    """MSA, (B, N, D) -> (B, N, D). The rows of `qkv` are q, k, v, and head by head within each."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, weights: list | None = None) -> Tensor:
-        """A (B, h, N, N) goes into the list `weights`, if there is one."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, D_h)
-        if weights is None:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            A = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(D // self.heads), -1)
-            weights.append(A)
-            y = A @ v
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
-
-
 class Block(nn.Module):
-    """One layer: (B, N, D) -> (B, N, D)."""
+    """One layer: (B, N, D) -> (B, N, D). The rows of `attn.qkv` are q, k, v, and in each head by
+    head. A (B, h, N, N) goes into the list `weights`, if there is one."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        if heads < 1 or dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        self.heads, hidden = heads, int(dim * mlp_ratio)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        attn = {"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)}
         mlp = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
-        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.attn, self.mlp = nn.ModuleDict(attn), nn.Sequential(OrderedDict(mlp))
 
     def forward(self, z: Tensor, weights: list | None = None) -> Tensor:
-        z = z + self.attn(self.norm1(z), weights)
+        qkv = self.attn["qkv"](self.norm1(z)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, D_h)
+        if weights is not None:
+            weights.append(torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1))
+        y = F.scaled_dot_product_attention(q, k, v)  # A v
+        z = z + self.attn["proj"](y.transpose(1, 2).flatten(2))
         return z + self.mlp(self.norm2(z))
 
 
@@ -110,62 +93,44 @@ def pair(x) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else tuple(x)
 
 
+def xavier(layer: nn.Module):
+    if isinstance(layer, nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 def conv_net(C: int, layers) -> nn.Sequential:
-    """3 x 3 convolutions of (width, stride) each: a stem, whose map takes the image's place."""
+    """A stem: 3 x 3 convolutions, (B, C, H, W) -> (B, width, H', W'), of (width, stride) each."""
     net = nn.Sequential()
     for width, stride in layers:
         conv = nn.Conv2d(C, width, 3, stride, 1, bias=False)
-        net.extend([conv, nn.GroupNorm(8, width), nn.ReLU()])
-        C = width
+        net, C = net.extend([conv, nn.GroupNorm(8, width), nn.ReLU()]), width
     return net
 
 
-class PatchEmbed(nn.Module):
-    """x (B, C, H, W) -> tokens (B, N, D), row by row, and their grid (H / p, W / q)."""
-
-    def __init__(self, channels: int, patch, dim: int, backbone: nn.Module | None = None):
-        super().__init__()
-        self.backbone = backbone or nn.Identity()
-        self.proj = nn.Conv2d(channels, dim, pair(patch), stride=pair(patch))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        z = self.proj(self.backbone(x))
-        return z.flatten(2).transpose(1, 2), tuple(z.shape[2:])
-
-
 class ViT(nn.Module):
-    """Images (B, in_chans, H, W) -> class token of the last layer (B, dim).
+    """Images (B, in_chans, H, W) -> class token of the last layer (B, dim). H and W may differ from
+    image_size: the positions, learned for that, are then interpolated (bicubic; a local crop is a
+    small image to it). stem: a CNN whose map takes the image's place; patch_size then counts its
+    pixels. Names are those of the official backbones. ValueError: patches or heads don't fit."""
 
-    H and W may differ from image_size: the positions, learned for that, are then interpolated
-    (bicubic; a local crop is a small image to it). Names and shapes are those of the official
-    backbones. stem: a CNN whose map takes the image's place; patch_size then counts its pixels.
-    """
-
-    def __init__(
-        self, image_size=224, patch_size=16, in_chans=3, dim=384, depth=12, heads=6, mlp_ratio=4.0,
-        stem=None,
-    ):  # fmt: skip
+    def __init__(self, image_size=224, patch_size=16, in_chans=3, dim=384, depth=12, heads=6,
+                 mlp_ratio=4.0, stem=None):  # fmt: skip
         super().__init__()
-        C, *size = (in_chans, *pair(image_size))
-        if stem is not None:
-            with torch.no_grad():
-                C, *size = stem(torch.zeros(1, C, *size)).shape[1:]
-        if min(pair(patch_size)) < 1 or any(n % p for n, p in zip(size, pair(patch_size))):
+        self.image_size, patch, stem = pair(image_size), pair(patch_size), stem or nn.Identity()
+        C, *size = stem(torch.zeros(1, in_chans, *self.image_size)).shape[1:]
+        if min(patch) < 1 or any(n % p for n, p in zip(size, patch)):
             raise ValueError(f"patches of {patch_size} don't tile an image of {size}")
-        self.image_shape = (in_chans, *pair(image_size))
-        self.grid = tuple(n // p for n, p in zip(size, pair(patch_size)))
-        self.patch_embed = PatchEmbed(C, patch_size, dim, stem)
+        self.grid = tuple(n // p for n, p in zip(size, patch))
+        embed = {"backbone": stem, "proj": nn.Conv2d(C, dim, patch, patch)}
+        self.patch_embed = nn.Sequential(OrderedDict(embed))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for name, p in self.named_parameters():
-            if name in ("cls_token", "pos_embed"):
-                nn.init.trunc_normal_(p, std=0.02)
-            elif name.startswith("blocks") and p.ndim == 2:
-                nn.init.xavier_uniform_(p)
-            elif name.startswith("blocks") and name.endswith("bias"):
-                nn.init.zeros_(p)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks.apply(xavier)
 
     def positions(self, grid) -> Tensor:
         """pos_embed for another grid of patches (1, 1 + N, D); the class token's row stays."""
@@ -177,8 +142,9 @@ class ViT(nn.Module):
 
     def forward_features(self, x: Tensor, weights: list | None = None) -> Tensor:
         """x (B, C, H, W) -> tokens [cls, patches] of the last layer (B, 1 + N, D)."""
-        z, grid = self.patch_embed(x)
-        z = torch.cat([self.cls_token.expand(len(x), -1, -1), z], 1) + self.positions(grid)
+        z = self.patch_embed(x)  # (B, D, h, w), N = h w
+        pos, cls = self.positions(z.shape[2:]), self.cls_token.expand(len(x), -1, -1)
+        z = torch.cat([cls, z.flatten(2).transpose(1, 2)], 1) + pos
         for block in self.blocks:
             z = block(z, weights)
         return self.norm(z)
@@ -191,14 +157,12 @@ class ViT(nn.Module):
         """x (B, C, H, W) -> attention of the last class token to the patches (B, heads, h, w)."""
         weights: list[Tensor] = []
         self.forward_features(x, weights)
-        return weights[-1][:, :, 0, 1:].unflatten(2, self.patch_embed(x)[1])
+        return weights[-1][:, :, 0, 1:].unflatten(2, self.patch_embed(x).shape[2:])
 
     @classmethod
     def from_state_dict(cls, w: dict, heads=None) -> "ViT":
         """The backbone that fits official weights: its own file or a full checkpoint's teacher.
-
-        Heads leave no trace in weights: D / 64, if they aren't given.
-        """
+        Heads leave no trace in weights: D / 64, if they aren't given. ValueError: no ViT's."""
         w = next((w[k] for k in ("teacher", "state_dict", "model") if k in w), w)
         w = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in w.items()}
         w = {k: v for k, v in w.items() if not k.startswith("head.")}
@@ -206,50 +170,42 @@ class ViT(nn.Module):
             raise ValueError("these are no weights of a ViT")
         dim, C, *patch = w["patch_embed.proj.weight"].shape
         side = math.isqrt(w["pos_embed"].shape[1] - 1)  # of a square grid
-        model = cls(
-            (side * patch[0], side * patch[1]), patch, C, dim,
-            depth=1 + max(int(k.split(".")[1]) for k in w if k.startswith("blocks.")),
-            heads=heads or max(1, dim // 64), mlp_ratio=len(w["blocks.0.mlp.fc1.weight"]) / dim,
-        )  # fmt: skip
+        depth = len({k.split(".")[1] for k in w if k.startswith("blocks.")})
+        heads, ratio = heads or max(1, dim // 64), len(w["blocks.0.mlp.fc1.weight"]) / dim
+        model = cls([side * p for p in patch], patch, C, dim, depth, heads, ratio)
         model.load_state_dict(w)
         return model
 
 
-# ---- 2. One batch over many processes (torchrun) ----
+# ---- 2. Projection head (Section 3.1, Appendix C), its batch norm over many processes ----
 
 
 def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum of all processes' x, in place."""
+def average(x: Tensor) -> Tensor:
+    """The mean of all processes' x, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
+        x /= dist.get_world_size()
     return x
 
 
 class Gather(torch.autograd.Function):
-    """x -> (world, *x.shape), the x of all processes, with gradients.
-
-    dist.all_gather alone has none: each z would then only be pulled as a query, and not as a key.
-    """
+    """x (n, C) -> that of all processes (world n, C). dist.all_gather alone passes no gradient on,
+    and what the others' losses ask of my x, which is in their statistics, would be lost."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # what all processes' losses ask of my x
-        return grad[rank_and_world()[0]]
-
-
-def gather(x: Tensor) -> Tensor:
-    return Gather.apply(x) if rank_and_world()[1] > 1 else x[None]
+        dist.all_reduce(grad := grad.clone())
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -257,47 +213,25 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x):
         rank, world = rank_and_world()
-        return super().forward(gather(x).flatten(0, 1)).chunk(world)[rank]
-
-
-def average(model: nn.Module, *values: float) -> list[float]:
-    """Averages all gradients, and values beside them, over the processes -> values, |gradient|."""
-    world, params = rank_and_world()[1], [p for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([params[0].new_tensor(values), *[p.grad.flatten() for p in params]])
-    if world > 1:
-        dist.all_reduce(flat)
-        flat /= world
-        parts = flat[len(values) :].split([p.numel() for p in params])
-        for p, part in zip(params, parts):
-            p.grad.copy_(part.view_as(p))
-    return [*flat[: len(values)].tolist(), flat[len(values) :].norm().item()]
-
-
-# ---- 3. Projection head (Section 3.1, Appendix C) ----
+        return super().forward(Gather.apply(x) if world > 1 else x).chunk(world)[rank]
 
 
 class DINOHead(nn.Module):
-    """Features (B, dim) -> outputs (B, K): three layers, length one, a weight-normalised layer.
-
-    The rows of `last_layer` have length one, too (its norms `weight_g` are 1 and fixed), so that an
-    output is a cosine. Loads official heads, whose names are last_layer.weight_g and weight_v.
-    batch_norm: after the first two layers (the official code's option). An untrained network says
-    nearly the same of all images; this takes the common part out, and a short run learns at once.
-    """
+    """Features (B, dim) -> outputs (B, K): three layers, length one, and `last_layer`, whose rows
+    have length one, too (its norms `weight_g` are 1 and fixed): an output is a cosine. Loads
+    official heads, with last_layer.weight_g and weight_v. batch_norm: in the first two layers (the
+    official code's option). An untrained network says nearly the same of all images; this takes
+    the common part out, and a short run learns at once."""
 
     def __init__(self, dim: int, K=65536, hidden=2048, bottleneck=256, batch_norm=False):
         super().__init__()
-        norm = [BatchNorm] if batch_norm else []
-        layers = [nn.Linear(dim, hidden), *[m(hidden) for m in norm], nn.GELU()]
-        layers += [nn.Linear(hidden, hidden), *[m(hidden) for m in norm], nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential()
+        for width in (dim, hidden):
+            norm = [BatchNorm(hidden)] if batch_norm else []
+            self.mlp.extend([nn.Linear(width, hidden), *norm, nn.GELU()])
+        self.mlp.append(nn.Linear(hidden, bottleneck)).apply(xavier)
         self.last_layer = weight_norm(nn.Linear(bottleneck, K, bias=False))
-        self.last_layer.parametrizations.weight.original0.data.fill_(1)
-        self.last_layer.parametrizations.weight.original0.requires_grad = False
+        nn.init.ones_(self.last_layer.parametrizations.weight.original0).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
@@ -311,20 +245,18 @@ class Network(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        sizes = [x.shape[2:] for x in views]
-        runs = [[x for x in views if x.shape[2:] == size] for size in dict.fromkeys(sizes)]
-        return self.head(torch.cat([self.backbone(torch.cat(run)) for run in runs]))
+        sizes = dict.fromkeys(x.shape[2:] for x in views)  # one pass for all views of a size
+        runs = [torch.cat([x for x in views if x.shape[2:] == size]) for size in sizes]
+        return self.head(torch.cat([self.backbone(run) for run in runs]))
 
 
-# ---- 4. Objective (Section 3.1, Eq. 1-4, Algorithm 1) ----
+# ---- 3. Objective (Section 3.1, Eq. 1-4, Algorithm 1) ----
 
 
 class DINOLoss(nn.Module):
     """Cross-entropy between what the teacher says of two views and the student of all others.
-
     sinkhorn: not the centre, but Sinkhorn-Knopp keeps the outputs in balance (Caron et al. 2020,
-    SwAV; the paper's Table 7 has it, too): a batch must use all of them alike, which is stricter.
-    """
+    SwAV; the paper's Table 7 has it, too): a batch must use all of them alike: stricter."""
 
     def __init__(self, K: int, tau_s=0.1, center_momentum=0.9, sinkhorn=False):
         super().__init__()
@@ -337,12 +269,12 @@ class DINOLoss(nn.Module):
             return torch.softmax((t.detach() - self.center) / tau_t, -1)
         P = torch.softmax(t.detach() / tau_t, -1)
         for _ in range(3):
-            P = P / total(P.sum(0, keepdim=True)).clamp(min=1e-12)  # each output is used alike,
+            P = P / average(P.sum(0, keepdim=True)).clamp(min=1e-12)  # all outputs are used alike,
             P = P / P.sum(1, keepdim=True)  # each image says something
         return P
 
     def forward(self, s: Tensor, t: Tensor, tau_t: float) -> Tensor:
-        """s (V B, K), t (2 B, K), both view by view with the global views first -> the loss."""
+        """s (V B, K), t (2 B, K), both view by view with the global views first -> the loss ()."""
         B = len(t) // 2
         log_P_s = F.log_softmax(s / self.tau_s, -1).split(B)  # V of (B, K)  Eq. 1
         P_t = self.teacher_probabilities(t, tau_t).split(B)
@@ -356,8 +288,8 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, t: Tensor):
-        """c <- m c + (1 - m) mean(t), over the batch of all processes (Eq. 4)."""
-        mean = total(t.mean(0, keepdim=True)) / rank_and_world()[1]
+        """c <- m c + (1 - m) mean(t), over the batch of all processes (Eq. 4); m = 1: no centre."""
+        mean = average(t.mean(0, keepdim=True))
         self.center.mul_(self.momentum).add_(mean, alpha=1 - self.momentum)
 
 
@@ -370,14 +302,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, m: float):
 
 @torch.no_grad()
 def collapse_measures(s: Tensor, t: Tensor, loss_fn: DINOLoss, tau_t: float):
-    """-> entropy h(P_t), KL(P_t | P_s) in nats, means over the two pairs of global views (Eq. 5).
-
-    Their sum is the loss. Collapse is a KL of 0: at h = 0 one output has taken all, at h = ln K
-    all outputs are the same (Figure 7).
-    """
-    B = len(t) // 2
-    P_t = loss_fn.teacher_probabilities(t, tau_t)
-    log_P_s = F.log_softmax(torch.cat([s[B : 2 * B], s[:B]]) / loss_fn.tau_s, -1)  # swapped
+    """-> entropy h(P_t), KL(P_t | P_s) in nats, means over the two pairs of global views; their sum
+    is the loss (Eq. 5). Collapse is a KL of 0: at h = 0 one output has taken all, at h = ln K all
+    outputs are the same (Figure 7)."""
+    P_t, (a, b) = loss_fn.teacher_probabilities(t, tau_t), s[: len(t)].chunk(2)
+    log_P_s = F.log_softmax(torch.cat([b, a]) / loss_fn.tau_s, -1)  # swapped: of the other view
     h = torch.special.entr(P_t).sum(-1).mean()
     return h.item(), (-(P_t * log_P_s).sum(-1).mean() - h).item()
 
@@ -394,19 +323,17 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
 
-# ---- 5. Views (Section 3.1, "multi-crop"; Appendix C) ----
+# ---- 4. Views (Section 3.1, "multi-crop"; Appendix C) and data ----
 
 
 def augment(x: Tensor, u: Tensor, crop=(0.4, 1.0), size=None, rotate=0.0, flip=0.5, jitter=0.4,
             hue=0.1, grey=0.2, blur=0.5) -> Tensor:  # fmt: skip
     """Random views (B, 3, *size) of images x (B, 3, H, W) in [0, 1], as u (B, 16) in [0, 1) says.
-
     crop: share of the area, from and to, resized to `size` (None: that of x), aspect 3/4 to 4/3;
     rotate: degrees either way; flip, grey, blur: probabilities; jitter: brightness, contrast and
     saturation by factors of up to 1 +- jitter, and hue by up to this share of the circle, in 4 of 5
-    views. All geometry is one warp, all colour one 3 x 3 matrix per image.
-    """
-    (B, C, H, W), u = x.shape, u.to(x)
+    views. All geometry is one warp, all colour one 3 x 3 matrix per image."""
+    (B, C, *old), u = x.shape, u.to(x)
     s = 2 * u - 1  # uniform in [-1, 1)
     area = (crop[0] + (crop[1] - crop[0]) * u[:, 0]).log()
     ratio = torch.clamp(s[:, 1] * math.log(4 / 3), area, -area)  # no side longer than the image's
@@ -415,8 +342,7 @@ def augment(x: Tensor, u: Tensor, crop=(0.4, 1.0), size=None, rotate=0.0, flip=0
     mirror, sin, cos = 1 - 2.0 * (u[:, 5] < flip), angle.sin(), angle.cos()
     R = torch.stack([mirror * cos, -sin, mirror * sin, cos], 1).view(B, 2, 2)
     M = torch.cat([half[..., None] * R, place[..., None]], 2)  # place in the view -> in the image
-    H, W = pair(size or (H, W))
-    grid = F.affine_grid(M, [B, C, H, W], align_corners=False)
+    grid = F.affine_grid(M, [B, C, *pair(size or old)], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
     yiq = [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
@@ -427,28 +353,18 @@ def augment(x: Tensor, u: Tensor, crop=(0.4, 1.0), size=None, rotate=0.0, flip=0
     T = torch.stack([zero + 1, zero, zero, zero, a, -b, zero, b, a], 1).view(B, 3, 3)  # on Y, I, Q
     A = torch.linalg.inv(yiq) @ T @ yiq * (bright * contrast).view(B, 1, 1)  # on R, G, B
     level = (x.mean((2, 3)) @ yiq[0]) * bright * (1 - contrast)  # contrast leaves the mean grey
-    x = (A @ x.flatten(2) + level.view(B, 1, 1)).view(B, C, H, W).clamp(0, 1)
-    if not blur:
-        return x
-    k = round(H / 20)  # the kernel is a tenth of the side
-    ticks = torch.arange(-k, k + 1).to(x)
-    w = (-(ticks**2) / (2 * (0.1 + 1.9 * u[:, 12:13]) ** 2)).exp()  # sigma from 0.1 to 2
-    w = torch.where(u[:, 13:14] < blur, w / w.sum(1, keepdim=True), (ticks == 0).to(x))
-    w = w.repeat_interleave(C, 0)[:, None]  # (B C, 1, 2 k + 1)
-    x = F.pad(x, (k, k, k, k), mode="replicate").view(1, B * C, H + 2 * k, W + 2 * k)
-    x = F.conv2d(F.conv2d(x, w[:, :, None], groups=B * C), w[..., None], groups=B * C)
-    return x.view(B, C, H, W)
-
-
-# ---- 6. Data ----
+    x = (A @ x.flatten(2) + level.view(B, 1, 1)).view(x.shape).clamp(0, 1)
+    sigma = ((0.1 + 1.9 * u[:, 12]) * (u[:, 13] < blur)).clamp(min=1e-3).view(B, 1, 1, 1)
+    for _ in range(2 if blur else 0):  # rows, then columns, with pixels of weight w
+        d = torch.arange(x.shape[2]).to(x)
+        w = torch.softmax(-((d - d[:, None]) ** 2) / (2 * sigma**2), -1)  # (B, 1, H, H)
+        x = (w @ x).transpose(2, 3)
+    return x
 
 
 def canvas_digits(x: Tensor, seed: int) -> Tensor:
-    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3), each pasted once.
-
-    It is enlarged to 14-22 pixels, turned by up to 15 degrees, painted in a bright random colour
-    and put at a random place of a dark canvas with some noise.
-    """
+    """Digits (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3): each enlarged to 14-22 pixels, turned by
+    up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
     g, N = torch.Generator().manual_seed(seed), len(x)
     share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
     place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
@@ -456,187 +372,160 @@ def canvas_digits(x: Tensor, seed: int) -> Tensor:
     A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
     grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
     ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
-    colour = torch.rand(N, 3, 1, 1, generator=g)
-    colour = colour / colour.amax(1, keepdim=True)
+    colour = (c := torch.rand(N, 3, 1, 1, generator=g)) / c.amax(1, keepdim=True)
     x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
     return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 def load_data(path: str) -> list[Tensor]:
-    """A Keras-style npz, or digits -> x_train uint8 (N, H, W, 3), y_train (N,), x_test, y_test.
-
-    digits: canvases, five of each of 1,290 digits in their order, so that the last tenth shows
-    digits that the rest doesn't; three of each of the 500 test digits.
-    """
+    """digits or a Keras-style npz -> x_train uint8 (N, H, W, 3), y_train (N,), x_test, y_test. Of
+    1,290 digits five canvases each, in order: the last tenth is of others; of 500, three each."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
         x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
         x, y = x.view(-1, 8, 8).float() / 16, y.long()
-        (x, x_test), (y, y_test) = (
-            (t[:1290].repeat_interleave(5, 0), t[1297:].repeat_interleave(3, 0)) for t in (x, y)
-        )
-        return [canvas_digits(x, 0), y, canvas_digits(x_test, 1), y_test]
+        rows = torch.arange(1290).repeat_interleave(5)
+        test = torch.arange(1297, 1797).repeat_interleave(3)
+        return [canvas_digits(x[rows], 0), y[rows], canvas_digits(x[test], 1), y[test]]
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    y, y_test = y.reshape(len(x), -1)[:, 0], y_test.reshape(len(x_test), -1)[:, 0]
-    good = x.dtype == x_test.dtype == np.uint8 and x.shape[3:] in ((), (1,), (3,)) and len(x_test)
-    good = good and x.ndim > 2 and x.shape[1:] == x_test.shape[1:] and y_test.max() <= y.max()
-    if not good or {y.dtype.kind, y_test.dtype.kind} - {"i", "u"} or min(y.min(), y_test.min()) < 0:
+        names = "x_train", "y_train", "x_test", "y_test"
+        x, y, x_test, y_test = (torch.from_numpy(file[k]) for k in names)
+    x, x_test = (t.view(*t.shape[:3], -1).expand(-1, -1, -1, 3) for t in (x, x_test))
+    y, y_test = (t.reshape(len(t), -1)[:, 0] for t in (y, y_test))
+    good = x.dtype == x_test.dtype == torch.uint8 and x.shape[1:] == x_test.shape[1:]
+    good = good and (len(x), len(x_test)) == (len(y), len(y_test)) and y_test.max() <= y.max()
+    if not good or y.is_floating_point() or min(y.min(), y_test.min()) < 0:
         raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
-    x, x_test = (torch.from_numpy(a).reshape(*a.shape[:3], -1).expand(-1, -1, -1, 3)
-                 for a in (x, x_test))  # fmt: skip
-    return [x, torch.tensor(y.astype("i8")), x_test, torch.tensor(y_test.astype("i8"))]
+    return [x, y.long(), x_test, y_test.long()]
 
 
 def load_images(path: str, size) -> Tensor:
     """The first eight images of a folder (jpg, png) or npy file -> (n, 3, *size) in [0, 1]."""
-    import matplotlib.image
     import numpy as np
+    from matplotlib.image import imread
 
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     names = [n for n in names if n.lower().endswith((".jpg", ".jpeg", ".png"))][:8]
-    images = [matplotlib.image.imread(os.path.join(path, n)) for n in names]
-    images = images or list(np.load(path, allow_pickle=False)[:8])  # a folder without any: an error
-    images = [torch.tensor(i / 255 if i.dtype == np.uint8 else i).float() for i in images]
-    images = [i.reshape(1, *i.shape[:2], -1)[..., :3].permute(0, 3, 1, 2) for i in images]
-    how = {"mode": "bilinear", "antialias": True}
-    return torch.cat([F.interpolate(i, size, **how).expand(-1, 3, -1, -1) for i in images])
+    images = [imread(os.path.join(path, n)) for n in names]
+    images = images or [*np.load(path, allow_pickle=False)[:8]]  # of an empty folder: an error
+    for i, x in enumerate(images):
+        x = torch.tensor(x / 255 if x.dtype == np.uint8 else x).float()
+        x = x.reshape(1, *x.shape[:2], -1)[..., :3].permute(0, 3, 1, 2)  # grey or with alpha, too
+        images[i] = F.interpolate(x, size, mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+    return torch.cat(images)
 
 
-def to_float(x: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [0, 1]."""
-    return x.permute(0, 3, 1, 2) / 255
+# ---- 5. The demo: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
 
-
-def normalise(x: Tensor, pixels: str = "half") -> Tensor:
-    """[0, 1] -> [-1, 1], or ImageNet's units, as official weights expect."""
-    imagenet = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-    mean, sd = x.new_tensor(imagenet if pixels == "imagenet" else [[0.5], [0.5]]).view(2, -1, 1, 1)
-    return (x - mean) / sd
-
-
-# ---- 7. Training: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
-
-# labels: how many it may see, 0 for DINO; center, sharp: which of the two remedies are switched on
-Run = namedtuple("Run", "student teacher loss_fn optimizer steps labels center sharp")
+# known: rows of the images it sees; labels: how many it learns from, 0: DINO; tau: tau_t, from, to
+Run = namedtuple("Run", "student teacher loss_fn optimizer steps known labels tau")
+PARTS = "student", "teacher", "loss_fn", "optimizer"  # of a checkpoint
 
 
 def build(args, x: Tensor, K: int) -> dict:
-    """-> runs by name: DINO, the collapse study (Figure 7), the network trained with labels."""
-    runs, all_labels = {}, len(x)
-    for name, steps, labels, center, sharp in (
-        ("DINO", args.steps, 0, True, True),
-        ("centring only", args.short, 0, True, False),
-        ("sharpening only", args.short, 0, False, True),
-        ("both", args.short, 0, True, True),
-        ("few labels", args.label_steps, args.few, False, False),
-        ("all labels", args.label_steps, all_labels, False, False),
-    ):
-        if steps:
-            torch.manual_seed(args.seed)
-            halvings = round(math.log2(args.patch_size)) if args.stem == "conv" else 0
-            if args.patch_size % 2**halvings:
-                raise ValueError("with --stem conv, --patch-size must be a power of two")
-            conv = [(args.dim // 2, 2), *[(args.dim, 2)] * (halvings - 1)][:halvings]
-            patch = args.patch_size // 2**halvings
-            stem, size = conv_net(3, conv) if conv else None, tuple(x.shape[1:3])
-            vit = ViT(size, patch, 3, args.dim, args.depth, args.heads, stem=stem)
-            head = DINOHead(args.dim, args.K, args.hidden, args.bottleneck, args.head == "bn")
-            student = Network(vit, nn.Linear(args.dim, K) if labels else head).to(x.device)
-            teacher = copy.deepcopy(student).requires_grad_(False)  # equal weights, other object
-            sinkhorn = name == "DINO" and args.balance == "sinkhorn"
-            loss_fn = DINOLoss(args.K, args.tau_s, args.center_momentum, sinkhorn).to(x.device)
-            groups = {True: [], False: []}  # matrices and filters decay; biases, tokens don't
-            for p in student.parameters():
-                groups[p.ndim in (2, 4)].extend([p] if p.requires_grad else [])
-            optimizer = torch.optim.AdamW([{"params": p} for p in groups.values()], args.lr)
-            runs[name] = Run(student, teacher, loss_fn, optimizer, steps, labels, center, sharp)
+    """-> runs by name: DINO, the collapse study (Figure 7), the same backbone taught K labels."""
+    halvings = round(math.log2(args.patch_size)) if args.stem == "conv" else 0
+    if args.patch_size % 2**halvings:
+        raise ValueError("with --stem conv, --patch-size must be a power of two")
+    convs = [(args.dim // 2, 2), *[(args.dim, 2)] * (halvings - 1)][:halvings]
+    image = x.shape[1:3], args.patch_size // 2**halvings, 3
+    shape = args.dim, args.K, args.hidden, args.bottleneck, args.head == "bn"
+    m, sharp, runs = args.center_momentum, (args.tau_start, args.tau_t), {}
+    study = {  # name: steps, labels seen, momentum of the centre (1: none), tau_t
+        "DINO": (args.steps, 0, m, sharp),
+        "centring only": (args.short, 0, m, (args.tau_s, args.tau_s)),
+        "sharpening only": (args.short, 0, 1.0, sharp),
+        "both": (args.short, 0, m, sharp),
+        "few labels": (args.label_steps, args.few, m, sharp),
+        "all labels": (args.label_steps, len(x), m, sharp),
+    }
+    for name, (steps, labels, m, tau) in study.items():
+        torch.manual_seed(args.seed)
+        vit = ViT(*image, args.dim, args.depth, args.heads, stem=conv_net(3, convs))
+        head = DINOHead(*shape)  # made in any case: the same random numbers
+        student = Network(vit, nn.Linear(args.dim, K) if labels else head)
+        teacher = copy.deepcopy(student.to(x.device)).requires_grad_(False)  # not the same object
+        sinkhorn = name == "DINO" and args.balance == "sinkhorn"
+        loss_fn = DINOLoss(args.K, args.tau_s, m, sinkhorn).to(x.device)
+        groups = [], []  # matrices and filters, which decay; biases, tokens, which don't
+        for p in (p for p in student.parameters() if p.requires_grad):
+            groups[p.ndim not in (2, 4)].append(p)
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], args.lr)
+        g = torch.Generator().manual_seed(args.seed)
+        known = torch.randperm(len(x), generator=g)[:labels] if labels else torch.arange(len(x))
+        known = known.to(x.device)
+        runs[name] = Run(student, teacher, loss_fn, optimizer, steps, known, labels, tau)
     return runs
 
 
-def train(runs, data, args, done=(), history=()):
-    """Trains one run after the other -> steps done, [(name, step, loss, h, KL)], stopped."""
+def train(runs: dict, data, args, state: dict | None = None) -> bool:
+    """Trains one run after the other, each from where `state` left it -> stopped by Ctrl-C?"""
     from tqdm import tqdm
 
-    (x, y), (rank, world), stop = data, rank_and_world(), []
-    done, history = dict(done), list(history)
-    colours = "rotate", "flip", "jitter", "hue", "grey", "blur"
-    colours = {name: getattr(args, name) for name in colours}
-    V, B = 2 + args.local_views, args.batch_size
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
-    try:
-        for name, run in runs.items():
-            student, teacher, loss_fn, optimizer, steps, labels, center, sharp = run
-            first, t0, known = done.get(name, 0), time.time(), labelled(x, labels, args.seed)
-            h = kl = 0.0
-            for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
-                g = torch.Generator().manual_seed(args.seed * 10**10 + step)
-                rows = torch.randint(labels or len(x), (B,), generator=g)[rank::world].to(x.device)
-                u = torch.rand(V, B, 16, generator=g)[:, rank::world]
-                image = to_float(x[known[rows] if labels else rows])
-                kinds = [((args.crop, 1.0), None)] * 2
-                kinds += [((args.local_crop, args.crop), args.local_size)] * args.local_views
-                views = [normalise(augment(image, r, *kind, **colours))
-                         for r, kind in zip(u[: 1 if labels else V], kinds)]  # fmt: skip
-                s = student(views)
-                if labels:
-                    loss = F.cross_entropy(s, y[known[rows]])
-                else:
-                    tau_t = cosine(args.tau_start, args.tau_t, step, args.tau_warmup * steps)
-                    tau_t = tau_t if sharp else args.tau_s
-                    with torch.no_grad():
-                        t = teacher(views[:2])  # the teacher sees the global views only
-                    loss = loss_fn(s, t, tau_t)  # Eq. 3
-                    if step % 10 == 0 or step in (first + 1, steps):
-                        h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
-                warm, lr = step / max(1, args.warmup * steps), args.label_lr if labels else args.lr
-                strong = cosine(args.weight_decay, args.weight_decay_end, step, steps)
-                for group, decay in zip(optimizer.param_groups, (strong, 0.0)):
-                    rate = min(1.0, warm) * cosine(lr, lr * 1e-3, step, steps)
-                    group.update(lr=rate, weight_decay=decay)
-                optimizer.zero_grad(); loss.backward()  # fmt: skip
-                now, h, kl, stopped, norm = average(student, loss.item(), h, kl, float(len(stop)))
-                if not math.isfinite(now + norm):
-                    raise FloatingPointError(f"{name}: loss {now}, gradient {norm} at step {step}")
-                if not labels and step <= args.freeze * steps:  # the last layer starts frozen
-                    student.head.last_layer.zero_grad()
-                clip_gradients(student, args.clip)
-                optimizer.step()
-                if not labels:
-                    update_teacher(teacher, student, cosine(args.momentum, 1.0, step, steps))
-                if center and not labels:
-                    loss_fn.update_center(t)  # Eq. 4
-                if stopped or step % 10 == 0 or step == steps:
-                    history.append((name, step, now, h, kl))
-                if stopped or step % args.log_every == 0 or step == steps:
-                    done[name], ms = step, (time.time() - t0) / (step - first) * 1e3
-                    row = f" | entropy {h:.3f} of {math.log(args.K):.3f} | KL {kl:.3f}"
-                    row = f"{name} loss {now:.4f}{'' if labels else row} | {ms:.0f} ms/step"
-                    if rank == 0:
-                        tqdm.write(f"step {step:5d}/{steps} | {row}")
-                    if rank == 0 and args.save:
-                        save(args, runs, done, history)
-                if stopped:
-                    return done, history, True
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return done, history, False
+    state = state or {"done": {}, "history": [], "stop": []}
+    (x, y), (rank, world) = data, rank_and_world()
+    colours = {k: getattr(args, k) for k in ("rotate", "flip", "jitter", "hue", "grey", "blur")}
+    crops = [((args.crop, 1.0), None)] * 2
+    crops += [((args.local_crop, args.crop), args.local_size)] * args.local_views
+    for name, (student, teacher, loss_fn, optimizer, steps, known, labels, tau) in runs.items():
+        first, t0, h, kl = state["done"].get(name, 0), time.time(), 0.0, 0.0
+        for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
+            g = torch.Generator().manual_seed(args.seed * 10**10 + step)
+            rows = torch.randint(len(known), (args.batch_size,), generator=g)
+            rows = known[rows[rank::world].to(x.device)]
+            u = torch.rand(len(crops), args.batch_size, 16, generator=g)[:, rank::world]
+            image, kinds = x[rows].permute(0, 3, 1, 2) / 255, crops[: 1 if labels else None]
+            views = [2 * augment(image, r, *crop, **colours) - 1 for r, crop in zip(u, kinds)]
+            s = student(views)
+            if labels:
+                loss, lr = F.cross_entropy(s, y[rows]), args.label_lr
+            else:
+                with torch.no_grad():
+                    t = teacher(views[:2])  # the teacher sees the global views only
+                tau_t, lr = cosine(*tau, step, args.tau_warmup * steps), args.lr
+                loss = loss_fn(s, t, tau_t)  # Eq. 3
+                h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
+            optimizer.zero_grad(); loss.backward()  # fmt: skip
+            grads = [p.grad for p in student.parameters() if p.grad is not None]
+            flat = average(nn.utils.parameters_to_vector(grads))  # over the processes
+            nn.utils.vector_to_parameters(flat, grads)
+            row = [loss.item(), h, kl, len(state["stop"])]
+            now, h, kl, stopped = average(s.new_tensor(row)).tolist()
+            if not math.isfinite(now + (norm := flat.norm().item())):
+                raise FloatingPointError(f"{name}: loss {now}, gradient {norm} at step {step}")
+            rate = cosine(lr, lr * 1e-3, step, steps) * min(1.0, step / max(1, args.warmup * steps))
+            decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
+            for group, strength in zip(optimizer.param_groups, (decay, 0.0)):
+                group.update(lr=rate, weight_decay=strength)
+            if not labels and step <= args.freeze * steps:  # the last layer starts frozen
+                student.head.last_layer.zero_grad()
+            clip_gradients(student, args.clip)
+            optimizer.step()
+            if not labels:
+                update_teacher(teacher, student, cosine(args.momentum, 1.0, step, steps))
+                loss_fn.update_center(t)  # Eq. 4
+            state["history"].append((name, step, now, h, kl))
+            if stopped or step % args.log_every == 0 or step == steps:
+                state["done"][name], ms = step, (time.time() - t0) / (step - first) * 1e3
+                line = f" | entropy {h:.3f} of {math.log(args.K):.3f} | KL {kl:.3f}"
+                line = f"{name} loss {now:.4f}{'' if labels else line} | {ms:.0f} ms/step"
+                if rank == 0:
+                    tqdm.write(f"step {step:5d}/{steps} | {line}")
+                if rank == 0 and args.save:
+                    state["step"] = state["done"]["DINO"]
+                    for part in PARTS:
+                        state[part] = {k: getattr(r, part).state_dict() for k, r in runs.items()}
+                    torch.save(state, args.save + ".tmp")  # then moved: a crash leaves the old one
+                    os.replace(args.save + ".tmp", args.save)
+            if stopped:
+                return True
+    return False
 
 
-def save(args, runs, done, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "dino", "args": vars(args), "step": done.get("DINO", 0)}
-    state |= {"done": done, "history": history}
-    for part in ("student", "teacher", "loss_fn", "optimizer"):
-        state[part] = {name: getattr(run, part).state_dict() for name, run in runs.items()}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 8. Evaluation and picture ----
+# ---- 6. Evaluation and picture ----
 
 
 def grey_centred(x: Tensor) -> Tensor:
@@ -645,98 +534,63 @@ def grey_centred(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-def labelled(x: Tensor, n: int, seed: int) -> Tensor:
-    """The rows of x whose labels may be seen: n of them, drawn by seed."""
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return rows[:n].to(x.device)
-
-
 @torch.no_grad()
-def features(encoder, x: Tensor):
-    """Images uint8 (N, H, W, 3) -> what encoder(x) says of x (B, 3, H, W) in [0, 1], as numpy."""
-    return torch.cat([encoder(to_float(part)).flatten(1) for part in x.split(256)]).cpu().numpy()
-
-
-def evaluate(encoders: dict, data, few: int = 1000, seed: int = 0) -> dict:
-    """encoders by name -> accuracies (k-NN few, linear few, k-NN all, linear all) on the test part.
-
-    few: how many training images have labels, drawn by seed. An encoder is a function of images, or
-    a dict of them by number of labels (for a network that was trained with them). Its features
-    stay as they are; linear: logistic regression on them, standardised; k-NN: cosine, k = 5.
-    """
+def evaluate(encoder, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> tuple[float, float]:
+    """Test accuracies of k-NN (cosine, k = 5) and logistic regression on frozen features, what
+    encoder(x) says of images (B, 3, H, W) in [0, 1]. x uint8 (N, H, W, 3), labels y (N,)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    (x, y, x_test, y_test), table = data, {}
-    for name, encoder in encoders.items():
-        table[name] = ()
-        for n in (min(few, len(x)), len(x)):
-            f = encoder[n] if isinstance(encoder, dict) else encoder
-            rows = labelled(x, n, seed)
-            (a, b), (t, t_test) = (
-                (features(f, part) for part in (x[rows], x_test)),
-                (y[rows], y_test),
-            )
-            mean, sd = a.mean(0), a.std(0) + 1e-6
-            for model, p, q in (
-                (KNeighborsClassifier(min(5, n), metric="cosine"), a, b),
-                (LogisticRegression(max_iter=100), (a - mean) / sd, (b - mean) / sd),
-            ):
-                table[name] += (model.fit(p, t.cpu()).score(q, t_test.cpu()),)
-    return table
+    a, b = ([encoder(part.permute(0, 3, 1, 2) / 255).flatten(1) for part in images.split(256)]
+            for images in (x, x_test))  # fmt: skip
+    a, b, y, y_test = (t.cpu().numpy() for t in (torch.cat(a), torch.cat(b), y, y_test))
+    knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y).score(b, y_test)
+    mean, sd = a.mean(0), a.std(0) + 1e-6
+    linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
+    return knn, linear.score((b - mean) / sd, y_test)
 
 
 def digit_share(A: Tensor, x: Tensor) -> tuple[list[float], float]:
-    """Where class tokens look: the share of attention on the digit, by head, and that of its area.
-
-    A (n, heads, h, w) on canvases x uint8 (n, H, W, 3). A patch's attention spreads evenly over its
-    pixels. Looking everywhere alike, a head's share would be the area's.
-    """
+    """Where class tokens look: the share of attention on the digit, by head, and that of its area,
+    which a head that looks everywhere alike would have. A (n, heads, h, w) of canvases x uint8
+    (n, H, W, 3); a patch's attention spreads evenly over its pixels."""
     ink = (x.amax(-1, keepdim=True).permute(0, 3, 1, 2) > 0.3 * 255).float()  # canvas: 0.1
     area = F.adaptive_avg_pool2d(ink, A.shape[2:])  # (n, 1, h, w), share of each patch
     share = (A * area).sum((2, 3)) / A.sum((2, 3))
     return share.mean(0).tolist(), area.mean().item()
 
 
-def attention(vit: ViT, x: Tensor, pixels: str = "half") -> Tensor:
-    """uint8 (n, H, W, 3) or images (n, 3, H, W) in [0, 1] -> attention (n, heads, h, w)."""
-    images = (part if part.is_floating_point() else to_float(part) for part in x.split(256))
-    return torch.cat([vit.attention(normalise(part, pixels)) for part in images])
-
-
-def draw_picture(args, x, maps, history=(), table=None):
-    """Images x (n, 3, H, W) over attention maps {row: (n, h, w)}; right: collapse, accuracies."""
+def draw_picture(args, x, maps: dict, history=(), table=None):
+    """Eight images x (n, H, W, 3) over maps {row: (n, h, w)}; right: collapse, accuracies."""
     from matplotlib.figure import Figure  # without pyplot no window is opened
 
-    n, rows = len(x), 1 + len(maps)
-    fig = Figure(figsize=(n + 7 * bool(history), 1.05 * rows), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=[n, 6.5]) if history else (fig, None)
-    axes = left.subplots(rows, n, squeeze=False)
-    for row, (name, images) in enumerate({"image": x, **maps}.items()):
-        for axis, image in zip(axes[row], images.cpu()):
-            axis.imshow(image.permute(1, 2, 0) if image.ndim == 3 else image, cmap="inferno")
+    rows, which = {"image": x, **maps}, range(0, len(x), max(1, len(x) // 8))[:8]
+    n, wide = len(which), 6.5 if table else 0
+    fig = Figure(figsize=(n + wide, 1.05 * len(rows)), layout="constrained")
+    left, *right = fig.subfigures(1, 2, width_ratios=[n, wide]) if table else [fig]
+    for axes, (name, images) in zip(left.subplots(len(rows), n, squeeze=False), rows.items()):
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axis, i in zip(axes, which):
+            axis.imshow(images[i].cpu(), cmap="inferno")
             axis.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center")
-    if history:
-        a, b, c = right.subplots(3, 1)
+    for a, b, c in (part.subplots(3, 1) for part in right):
         for name in dict.fromkeys(name for name, *_ in history if "labels" not in name):
             steps, _, h, kl = zip(*[row[1:] for row in history if row[0] == name])
             a.plot(steps, h, label=name)
             b.plot(steps, kl, label=name)
         a.axhline(math.log(args.K), color="gray", ls=":")
-        a.set(title="entropy of the teacher, start of training (dotted: ln K; Fig. 7)")
-        b.set(title="KL between teacher and student: 0 is collapse", xlabel="step")
-        for axis in (a, b):
-            axis.set(ylim=(0, None), xlim=(0, 2 * args.short or None))
         a.legend(fontsize="small")
-        bars = c.barh(list(table), [row[1] for row in table.values()], color="tab:blue")
-        c.bar_label(bars, fmt="%.2f")
+        title = "entropy of the teacher, start of training (dotted: ln K; Fig. 7)"
+        a.set(title=title, ylim=(0, None), xlim=(0, 2 * args.short or None))
+        title = "KL between teacher and student: 0 is collapse"
+        b.set(title=title, xlabel="step", ylim=(0, None), xlim=a.get_xlim())
+        c.bar_label(c.barh([*table], [row[1] for row in table.values()]), fmt="%.2f")
         c.invert_yaxis()
         c.set(title=f"linear probe, {args.few} labels", xlim=(0, 1.1))
     fig.savefig(os.path.join(args.out, "dino.png"), dpi=80)
 
 
-# ---- 9. Command line ----
+# ---- 7. Command line ----
 
 DEFAULTS = {  # default, least, most, meaning
     "seed": (0, 0, 10**8, "of weights, batches, views, labels"),
@@ -777,18 +631,19 @@ DEFAULTS = {  # default, least, most, meaning
     "depth": (2, 1, math.inf, "layers (paper: 12)"),
     "heads": (4, 1, math.inf, "attention heads (paper: 6); official weights: D / 64"),
 }
+CHOICES = {"stem": ("conv", "patch"), "head": ("bn", "plain"), "balance": ("sinkhorn", "center")}
+QUICK = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 8, "dim": 16, "depth": 2}
 
 
 def parse(argv):
-    """-> args, checkpoint or {}, data, runs (official weights: the backbone, to draw with)."""
+    """-> args, state, data, runs (official weights: the ViT). Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="digits (default) or FILE.npz; official weights: an image folder or .npy")
     for name, (value, _, _, text) in DEFAULTS.items():
         flag(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}: {text}")
-    flag("--stem", choices=["conv", "patch"], help="default conv: convolutions (paper: patch)")
-    flag("--head", choices=["bn", "plain"], help="default bn: with batch norm (paper: plain)")
-    flag("--balance", choices=["sinkhorn", "center"], help="default sinkhorn (paper: center)")
+    for name, values in CHOICES.items():
+        flag(f"--{name}", choices=values, help="default {} (paper: {})".format(*values))
     flag("--validate", action="store_true", help="judge on the last tenth of the training images")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
@@ -798,9 +653,8 @@ def parse(argv):
     flag("--target", type=float, help="exit 1 if the linear probe with few labels is below this")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda" and world > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=args.device)
@@ -808,101 +662,100 @@ def parse(argv):
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script", "dino") != "dino":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        official = bool(args.load) and "script" not in ckpt
-        own, heads = {} if official else ckpt.get("args", {}), args.heads
-        quick = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 8, "dim": 16, "depth": 2}
-        default = {"data": "digits", "stem": "conv", "head": "bn", "balance": "sinkhorn"}
-        default |= {k: v[0] for k, v in DEFAULTS.items()}
-        for name, value in (default | (quick if args.quick else {})).items():
+        official, heads = bool(args.load) and "script" not in ckpt, args.heads
+        default = {name: row[0] for name, row in (DEFAULTS | CHOICES).items()} | {"data": "digits"}
+        default |= (QUICK if args.quick else {}) | ({} if official else ckpt.get("args", {}))
+        for name in ("data", *DEFAULTS, *CHOICES):
             if getattr(args, name) is None:
-                setattr(args, name, own.get(name, value))
+                setattr(args, name, default[name])
         for name, (_, low, high, _) in DEFAULTS.items():
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         if official:
             runs = ViT.from_state_dict(ckpt, heads).to(args.device)
-            data = [load_images(args.data, runs.image_shape[1:])]
+            data = [load_images(args.data, runs.image_size)]
         else:
             x, y, x_test, y_test = load_data(args.data)
             n = len(x) * 9 // 10
             data = [x[:n], y[:n], *((x[n:], y[n:]) if args.validate else (x_test, y_test))]
             data = [t[: 300 if args.quick else None].to(args.device) for t in data]
-            args.few = min(args.few, len(data[0]))
-            if args.batch_size > len(data[0]) or args.batch_size % world:
-                most = f"must divide by {world} and be at most {len(data[0])}"
-                raise ValueError(f"--batch-size {most}")
+            n = len(data[0])
+            args.few = min(args.few, n)
+            if args.batch_size > n or args.batch_size % world:
+                raise ValueError(f"--batch-size must divide by {world} and be at most {n}")
             if args.local_size % args.patch_size or args.local_crop > args.crop:
                 raise ValueError("--local-size or --local-crop doesn't fit --patch-size or --crop")
             runs = build(args, data[0], int(y.max()) + 1)
-            for name, run in runs.items() if own else ():
-                for part in ("student", "teacher", "loss_fn", "optimizer"):
+            for part in PARTS if ckpt else ():
+                for name, run in runs.items():
                     getattr(run, part).load_state_dict(ckpt[part][name])
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK):  # fails now, not after the training
-                raise ValueError(f"cannot write to the folder {folder}")
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):  # fails now, not later
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, ckpt, [t.to(args.device) for t in data], runs
+    state = {"done": {}, "history": []} | ckpt | {"script": "dino", "args": vars(args), "stop": []}
+    return args, state, [t.to(args.device) for t in data], runs
 
 
 def main(argv=None) -> int:
-    args, ckpt, data, runs = parse(argv)
+    args, state, data, runs = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    t0, rank, official = time.time(), rank_and_world()[0], isinstance(runs, ViT)
+    t0, rank, official, x = time.time(), rank_and_world()[0], isinstance(runs, ViT), data[0]
     vit = runs if official else runs["DINO"].teacher.backbone
-    count = sum(p.numel() for p in vit.parameters()) / 1e6
     if rank == 0:
-        sizes = len(data[0]) if official else f"{len(data[0])}/{len(data[2])}"
+        count = sum(p.numel() for p in vit.parameters()) / 1e6
+        sizes = "/".join(str(len(part)) for part in data[::2])
         kind = f"{args.device} | seed {args.seed} | {os.path.basename(args.data)} {sizes}"
         print(f"dino | {count:.2f}M parameters | {kind}", flush=True)
     if official:
-        A = attention(vit, data[0], "imagenet")
+        mean, sd = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        A = vit.attention((x - mean) / sd)  # ImageNet's units, which official weights expect
         maps = {f"head {k}": A[:, k] for k in range(A.shape[1])}
-        draw_picture(args, data[0], {"all heads": A.mean(1), **maps})
+        draw_picture(args, x.permute(0, 2, 3, 1), {"all heads": A.mean(1), **maps})
         print(f"drew {args.data} in {args.out}/dino.png | {time.time() - t0:.0f} s")
         return 0
-    start = build(args, data[0], int(data[1].max()) + 1)["DINO"].teacher.backbone
+    start = build(args, x, int(data[1].max()) + 1)["DINO"].teacher.backbone
+    before = signal.signal(signal.SIGINT, lambda *_: state["stop"].append(1))  # ends after a step
     try:
-        state = ckpt.get("done", {}), ckpt.get("history", [])
-        done, history, stopped = train(runs, data[:2], args, *state)
+        stopped = train(runs, data[:2], args, state)
     except FloatingPointError as error:
         print(f"dino.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank:
         return 0
-    encoders = {"raw pixels": lambda x: x, "grey centred": grey_centred}
-    encoders["random network"] = lambda x: start(normalise(x))
-    if args.label_steps:
-        nets = {args.few: runs["few labels"].student, len(data[0]): runs["all labels"].student}
-        encoders["labels alone"] = {
-            n: (lambda x, net=net: net.backbone(normalise(x))) for n, net in nets.items()
-        }
-    encoders["DINO student"] = lambda x: runs["DINO"].student.backbone(normalise(x))
-    encoders["DINO teacher"] = lambda x: vit(normalise(x))
-    table = evaluate(encoders, data, args.few, args.seed)
-    few, every = f"{args.few} labels", f"{len(data[0])} labels"
+    table = {}
+    for run in runs["few labels"], runs["all labels"]:  # which know the rows that have labels
+        encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
+        nets = {"random network": start, "labels alone": run.student.backbone}
+        nets |= {"DINO student": runs["DINO"].student.backbone, "DINO teacher": vit}
+        encoders |= {k: lambda x, net=net: net(2 * x - 1) for k, net in nets.items()}
+        for name, encoder in encoders.items():
+            if name != "labels alone" or args.label_steps:
+                row = evaluate(encoder, x[run.known], data[1][run.known], *data[2:])
+                table[name] = table.get(name, ()) + row
+    few, every = f"{args.few} labels", f"{len(x)} labels"
     print(f"{'test accuracy':26} k-NN {few:>12} {every:>12} | linear {few:>12} {every:>12}")
     for name, (knn, linear, knn_all, linear_all) in table.items():
         print(f"{name:26} {knn:17.4f} {knn_all:12.4f} | {linear:19.4f} {linear_all:12.4f}")
     x, line = data[2], ""
-    A, A_0 = attention(vit, x), attention(start, x)
-    spread = slice(0, None, max(1, len(x) // 8))
-    maps = {"random": A_0[spread][:8].mean(1), "trained": A[spread][:8].mean(1)}
-    maps |= {f"head {k}": A[spread][:8, k] for k in range(args.heads)}
+    scaled = [2 * (part.permute(0, 3, 1, 2) / 255) - 1 for part in x.split(256)]
+    A, A_0 = (torch.cat([net.attention(part) for part in scaled]) for net in (vit, start))
     if args.data == "digits":
         (share, area), (share_0, _) = digit_share(A, x), digit_share(A_0, x)
         heads = [" ".join(f"{v:.3f}" for v in values) for values in (share, share_0)]
         print(f"attention on the digit, by head: {heads[0]} | random network {heads[1]}")
-        now, before = sum(share) / args.heads, sum(share_0) / args.heads
-        line = f" | attention on the digit {now:.3f}, random network {before:.3f}, area {area:.3f}"
-    draw_picture(args, to_float(x[spread][:8]), maps, history, table)
+        now, random = sum(share) / args.heads, sum(share_0) / args.heads
+        line = f" | attention on the digit {now:.3f}, random network {random:.3f}, area {area:.3f}"
+    maps = {"random": A_0.mean(1), "trained": A.mean(1)}
+    maps |= {f"head {k}": A[:, k] for k in range(args.heads)}
+    draw_picture(args, x, maps, state["history"], table)
     parts = [f"{name} {row[1]:.4f}" for name, row in table.items()][::-1]
     print(f"test acc linear {few} {' | '.join(parts)}{line} | {time.time() - t0:.0f} s")
     missed = args.target is not None and table["DINO teacher"][1] < args.target

@@ -142,7 +142,7 @@ def official(D=128, depth=2, P=4, grid=3):
 def test_official_backbones_load():
     w, x = official(), torch.randn(2, 3, 12, 12)
     model = ViT.from_state_dict(w)
-    assert set(model.state_dict()) == set(w) and model.blocks[0].attn.heads == 2
+    assert set(model.state_dict()) == set(w) and model.blocks[0].heads == 2
     full = {"student": {}, "teacher": {"module.backbone." + k: v for k, v in w.items()}}
     full["teacher"]["module.head.mlp.0.weight"] = torch.zeros(2)
     torch.testing.assert_close(ViT.from_state_dict(full)(x), model(x))
@@ -313,6 +313,19 @@ def test_augment():
     assert dino.augment(x, u).equal(dino.augment(x, u))
 
 
+def test_blur_by_hand():
+    """A Gaussian along rows and columns, of another width for each image; some are left alone."""
+    off = {"flip": 0.0, "jitter": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.5}
+    x, u = torch.rand(2, 3, 5, 7), torch.full((2, 16), 0.5)
+    u[:, 13] = torch.tensor([0.4, 0.6])
+    got = dino.augment(x, u, (1.0, 1.0), **off)
+    torch.testing.assert_close(got[1], x[1], atol=1e-5, rtol=1e-5)
+    w = [torch.tensor([[math.exp(-((i - j) ** 2) / (2 * 1.05**2)) for i in range(n)]
+                       for j in range(n)]) for n in (5, 7)]  # fmt: skip
+    rows, columns = (m / m.sum(1, keepdim=True) for m in w)
+    torch.testing.assert_close(got[0], rows @ x[0] @ columns.T, atol=1e-5, rtol=1e-5)
+
+
 def test_canvas_digits():
     x, y, x_test, y_test = dino.load_data("digits")
     assert x.shape == (6450, 32, 32, 3) and x_test.shape == (1500, 32, 32, 3)
@@ -406,6 +419,9 @@ def test_what_each_run_does(tmp_path, flags):
     assert (w["loss_fn", "DINO", "center"] != 0).all()
     assert (w["loss_fn", "centring only", "center"] != 0).all()
     assert (w["loss_fn", "sharpening only", "center"] == 0).all()
+    history = torch.load(tmp_path / "a.pt", weights_only=True)["history"]
+    h = {name: entropy for name, step, _, entropy, _ in history if step == 1}
+    assert h["centring only"] > h["both"] + 0.5 and h["both"] == h["sharpening only"]  # tau_t
     v = "head.last_layer.parametrizations.weight.original1"
     first = fresh["DINO"].student.state_dict()
     decayed = w["student", "DINO", v] / first[v]
