@@ -53,13 +53,10 @@ from torch import Tensor
 
 def augment(x: Tensor, u: Tensor, crop=0.08, rotate=0.0, flip=0.5, jitter=0.8, hue=0.2, grey=0.2,
             blur=0.5) -> Tensor:  # fmt: skip
-    """Random views of images x (B, 3, H, W) in [0, 1], as u (B, 16), uniform in [0, 1), says.
-
-    crop: least share of the area, resized back, aspect 3/4 to 4/3; rotate: degrees either way;
-    flip, grey, blur: probabilities; jitter: brightness, contrast and saturation by factors of up to
-    1 +- jitter, and hue by up to this share of the circle, in 4 of 5 views (the paper's s (.8, .8,
-    .8, .2)). All geometry is one warp, all colour one 3 x 3 matrix per image.
-    """
+    """Random views of images x (B, 3, H, W) in [0, 1], as u (B, 16), uniform in [0, 1), says. crop:
+    least share of the area, resized back, aspect 3/4 to 4/3; rotate: degrees either way; flip,
+    grey, blur: probabilities; jitter: brightness, contrast, saturation by factors of up to 1 +-
+    jitter, hue by up to this share of the circle, in 4 of 5 views (paper: s (.8, .8, .8, .2))."""
     (B, C, H, W), u = x.shape, u.to(x)
     s = 2 * u - 1  # uniform in [-1, 1)
     area = (crop + (1 - crop) * u[:, 0]).log()
@@ -83,14 +80,13 @@ def augment(x: Tensor, u: Tensor, crop=0.08, rotate=0.0, flip=0.5, jitter=0.8, h
     x = (A @ x.flatten(2) + level.view(B, 1, 1)).view(B, C, H, W).clamp(0, 1)
     if not blur:
         return x
-    k = round(H / 20)  # the kernel is a tenth of the side
-    ticks = torch.arange(-k, k + 1).to(x)
-    w = (-(ticks**2) / (2 * (0.1 + 1.9 * u[:, 12:13]) ** 2)).exp()  # sigma from 0.1 to 2
-    w = torch.where(u[:, 13:14] < blur, w / w.sum(1, keepdim=True), (ticks == 0).to(x))
-    w = w.repeat_interleave(C, 0)[:, None]  # (B C, 1, 2 k + 1)
-    x = F.pad(x, (k, k, k, k), mode="replicate").view(1, B * C, H + 2 * k, W + 2 * k)
-    x = F.conv2d(F.conv2d(x, w[:, :, None], groups=B * C), w[..., None], groups=B * C)
-    return x.view(B, C, H, W)
+    sigma = torch.where(u[:, 13] < blur, 0.1 + 1.9 * u[:, 12], 0.01).view(B, 1, 1, 1)
+    for _ in range(2):  # along the rows, then along the columns
+        i = torch.arange(x.shape[3]).to(x)
+        gap = i - i[:, None]
+        w = (-((gap / sigma) ** 2) / 2).exp() * (gap.abs() <= round(H / 20))  # a tenth of the side
+        x = (x @ (w / w.sum(2, keepdim=True))).transpose(2, 3)
+    return x
 
 
 # ---- 2. One batch over many processes (Section 2.2, "Global BN"; torchrun) ----
@@ -100,140 +96,99 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Gather(torch.autograd.Function):
-    """x -> (world, *x.shape), the x of all processes, with gradients.
-
-    dist.all_gather alone has none: each z would then only be pulled as a query, and not as a key.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(rank_and_world()[1])]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # what all processes' losses ask of my x
-        return grad[rank_and_world()[0]]
-
-
 def gather(x: Tensor) -> Tensor:
-    return Gather.apply(x) if rank_and_world()[1] > 1 else x[None]
+    """x -> (world, *x.shape), the x of all processes, with gradients: dist.all_gather has none, so
+    that each z would only be pulled as a query, and not as a key."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return x[None]
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    out = torch.stack([*parts[:rank], x, *parts[rank + 1 :]])
+
+    def total(grad):  # what all processes' losses ask of my x
+        dist.all_reduce(grad := grad.clone())
+        return grad
+
+    out.register_hook(total)
+    return out
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Over (B, C) or (B, C, H, W) of all processes: local statistics would give partners away."""
-
-    def _check_input_dim(self, x):
-        pass
+class BatchNorm(nn.SyncBatchNorm):
+    """Over (B, C) or (B, C, H, W) of all processes: local statistics would give partners away.
+    torch's own does that on GPUs alone; on CPUs each process normalises all and takes its own."""
 
     def forward(self, x):
-        world = rank_and_world()[1]
-        if not self.training or world == 1:
+        rank, world = rank_and_world()
+        if not self.training or world == 1 or x.is_cuda:
             return super().forward(x)
-        dims, shape = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2))
-        mean, var = gather(torch.stack([x.mean(dims), x.var(dims, correction=0)])).unbind(1)
-        var = (var + (mean - mean.mean(0)) ** 2).mean(0)  # within and between the processes
-        mean, n = mean.mean(0), world * x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
-
-
-def average(model: nn.Module, *values: float) -> list[float]:
-    """Averages all gradients, and values beside them, over the processes -> values, |gradient|."""
-    world, params = rank_and_world()[1], [p for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([params[0].new_tensor(values), *[p.grad.flatten() for p in params]])
-    if world > 1:
-        dist.all_reduce(flat)
-        flat /= world
-        parts = flat[len(values) :].split([p.numel() for p in params])
-        for p, part in zip(params, parts):
-            p.grad.copy_(part.view_as(p))
-    return [*flat[: len(values)].tolist(), flat[len(values) :].norm().item()]
+        self.num_batches_tracked += 1
+        how = self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum
+        return F.batch_norm(gather(x).flatten(0, 1), *how, self.eps).chunk(world)[rank]
 
 
 # ---- 3. Base encoder f: a ResNet (arXiv:1512.03385) ----
 
 
 class Block(nn.Module):
-    """Basic, two 3 x 3, or bottleneck, 1 x 1, 3 x 3, 1 x 1: (B, c_in, H, W) -> (B, c, H', W')."""
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (bottleneck), and a way around them: (B, c_in,
+    H, W) -> (B, c, H', W'), of a bottleneck (B, 4 c, H', W')."""
 
     def __init__(self, c_in: int, c: int, stride: int, bottleneck: bool):
         super().__init__()
-        a, out = (c_in, c), c * (4 if bottleneck else 1)
-        self.conv1 = nn.Conv2d(*a, 1 if bottleneck else 3, 1 if bottleneck else stride,
-                               0 if bottleneck else 1, bias=False)  # fmt: skip
-        self.bn1 = BatchNorm(c)
-        self.conv2 = nn.Conv2d(c, c, 3, stride if bottleneck else 1, 1, bias=False)
-        self.bn2 = BatchNorm(c)
-        self.conv3 = nn.Conv2d(c, out, 1, bias=False) if bottleneck else None
-        self.bn3 = BatchNorm(out) if bottleneck else None
-        self.downsample = None
+        sizes = (c_in, c, 3, stride), (c, c, 3, 1)
+        if bottleneck:
+            sizes = (c_in, c, 1, 1), (c, c, 3, stride), (c, 4 * c, 1, 1)
+        for i, (a, out, k, s) in enumerate(sizes, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(a, out, k, s, k // 2, bias=False))
+            self.add_module(f"bn{i}", BatchNorm(out))
+        self.downsample, self.bottleneck = nn.Sequential(), bottleneck  # empty: the identity
         if stride > 1 or c_in != out:
-            conv = nn.Conv2d(c_in, out, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, BatchNorm(out))
+            self.downsample.append(nn.Conv2d(c_in, out, 1, stride, bias=False))
+            self.downsample.append(BatchNorm(out))
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.conv3 is not None:
-            y = self.bn3(self.conv3(F.relu(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn3(self.conv3(F.relu(y))) if self.bottleneck else y
+        return F.relu(y + self.downsample(x))
 
 
-class ResNet(nn.Module):
-    """Images (B, 3, H, W) -> h (B, dim), the mean over places of the last feature map.
-
-    stem: "imagenet" (7 x 7, stride 2, max-pool), "cifar" (3 x 3, stride 1, no pool; Appendix B.9)
-    or "small" (3 x 3, stride 2, max-pool). Names and shapes are torchvision's, without its `fc`.
-    """
+class ResNet(nn.Sequential):
+    """Images (B, 3, H, W) -> h (B, dim), the mean over places of the last feature map. stem:
+    "imagenet" (7 x 7, stride 2, max-pool), "cifar" (3 x 3, stride 1, no pool; Appendix B.9) or
+    "small" (3 x 3, stride 2, max-pool). Names and shapes are torchvision's, without its `fc`."""
 
     def __init__(self, layers=(2, 2, 2, 2), width=64, bottleneck=False, stem="cifar"):
         super().__init__()
         k, stride = {"imagenet": (7, 2), "cifar": (3, 1), "small": (3, 2)}[stem]
-        self.conv1, self.bn1 = nn.Conv2d(3, width, k, stride, k // 2, bias=False), BatchNorm(width)
-        self.pool, self.depth, c_in = stem != "cifar", len(layers), width
+        self.conv1 = nn.Conv2d(3, width, k, stride, k // 2, bias=False)
+        self.bn1, self.relu, self.dim = BatchNorm(width), nn.ReLU(), width
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         for i, n in enumerate(layers):
-            c, blocks = width * 2**i, []
+            layer, c = nn.Sequential(), width * 2**i
             for j in range(n):
-                blocks.append(Block(c_in, c, 2 if i and not j else 1, bottleneck))
-                c_in = c * (4 if bottleneck else 1)
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-        self.dim = c_in
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, 2, 1) if self.pool else x
-        for i in range(self.depth):
-            x = self.get_submodule(f"layer{i + 1}")(x)
-        return x.mean((2, 3))
+                layer.append(Block(self.dim, c, 2 if i and not j else 1, bottleneck))
+                self.dim = 4 * c if bottleneck else c
+            self.add_module(f"layer{i + 1}", layer)
+        self.avgpool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
-ENCODERS = {
-    "small": partial(ResNet, (1, 1, 1), 32, stem="small"),
-    "resnet18": ResNet,
-    "resnet50": partial(ResNet, (3, 4, 6, 3), bottleneck=True),
-}
+ENCODERS = {"small": partial(ResNet, (1, 1, 1), 32, stem="small"), "resnet18": ResNet}
+ENCODERS["resnet50"] = partial(ResNet, (3, 4, 6, 3), bottleneck=True)
 
 
 # ---- 4. SimCLR: projection head g, NT-Xent, LARS (Section 2) ----
 
 
 class SimCLR(nn.Module):
-    """x (B, 3, H, W) -> h (B, D), to keep, and z (B, d), for the loss."""
+    """x (B, 3, H, W) -> h (B, D), to keep, and z (B, dim), for the loss."""
 
     def __init__(self, encoder: nn.Module, dim: int = 128, head: nn.Module | None = None):
         super().__init__()
         D = encoder.dim
-        mlp = [nn.Linear(D, D, bias=False), BatchNorm(D), nn.ReLU(), nn.Linear(D, dim, bias=False)]
+        mlp = nn.Linear(D, D, bias=False), BatchNorm(D), nn.ReLU(), nn.Linear(D, dim, bias=False)
         self.encoder, self.head = encoder, head or nn.Sequential(*mlp)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,19 +197,16 @@ class SimCLR(nn.Module):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
-    """Eq. 1, the mean over my 2 n views; z1, z2 (n, d), row i of both from one image -> ().
-
-    Under torchrun the rows are those of this process, the columns the views of all of them; the
-    mean over processes is the loss of the whole batch. At chance it is ln(2 N - 1).
-    """
+    """Eq. 1, the mean over my 2 n views; z1, z2 (n, d), row i of both from one image -> (). Under
+    torchrun the rows are those of this process, the columns the views of all of them; the mean over
+    processes is the loss of the whole batch. At chance it is ln(2 N - 1)."""
     n, rank = len(z1), rank_and_world()[0]
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2 n, d)
     sim = z @ gather(z).flatten(0, 1).T / temperature  # (2 n, 2 N)
-    i = torch.arange(2 * n, device=z.device)
-    me, partner = 2 * n * rank + i, 2 * n * rank + (i + n) % (2 * n)
+    me = 2 * n * rank + torch.arange(2 * n, device=z.device)  # my columns
     # 1[k != i]: a view is its own best match, cosine 1, and would drown the others
     sim = sim.scatter(1, me[:, None], -math.inf)
-    return F.cross_entropy(sim, partner)
+    return F.cross_entropy(sim, me.roll(n))  # the answer: the partner
 
 
 def nt_xent_ref(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -269,11 +221,9 @@ def nt_xent_ref(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose steps are scaled to each weight's norm (arXiv:1708.03888), for large batches.
-
+    """SGD whose steps are scaled to each weight's norm (arXiv:1708.03888), for large batches:
     g = grad + weight_decay w, v = momentum v + lr eta |w| / |g| g, w -= v. Biases and norms
-    (one-dimensional) take plain momentum steps, without decay.
-    """
+    (one-dimensional) take plain momentum steps, without decay."""
 
     def __init__(self, params, lr: float, momentum=0.9, weight_decay=1e-6, eta=1e-3):
         super().__init__(params, {"lr": lr, "m": momentum, "wd": weight_decay, "eta": eta})
@@ -287,155 +237,128 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["wd"] * w
                     trust = group["eta"] * w.norm() / g.norm()
                     g = g * torch.where((w.norm() > 0) & (g.norm() > 0), trust, 1.0)
-                v.mul_(group["m"]).add_(group["lr"] * g)
-                w.sub_(v)
+                w.sub_(v.mul_(group["m"]).add_(group["lr"] * g))
 
 
 # ---- 5. Data ----
 
 
 def canvas_digits(x: Tensor, seed: int) -> Tensor:
-    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3), each pasted once.
-
-    It is enlarged to 14-22 pixels, turned by up to 15 degrees, painted in a bright random colour
-    and put at a random place of a dark canvas with some noise.
-    """
+    """Digits (N, 1, 8, 8) in [0, 1] -> uint8 (N, 3, 32, 32): each enlarged to 14-22 pixels, turned
+    by up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
     g, N = torch.Generator().manual_seed(seed), len(x)
     share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
     place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
     angle = (2 * torch.rand(N, generator=g) - 1) * math.pi / 12
     A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
     grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
-    ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
-    colour = torch.rand(N, 3, 1, 1, generator=g)
-    colour = colour / colour.amax(1, keepdim=True)
+    ink = F.grid_sample(x, grid, align_corners=False)  # (N, 1, 32, 32)
+    colour = (c := torch.rand(N, 3, 1, 1, generator=g)) / c.amax(1, keepdim=True)
     x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
-    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+    return (x.clamp(0, 1) * 255).byte()
 
 
 def load_data(path: str) -> list[Tensor]:
-    """A Keras-style npz, or digits -> x_train uint8 (N, H, W, 3), y_train (N,), x_test, y_test.
-
-    digits: canvases, five of each of 1,290 digits in their order, so that the last tenth shows
-    digits that the rest doesn't; three of each of the 500 test digits.
-    """
+    """digits or a Keras-style npz -> x_train uint8 (N, 3, H, W), y_train (N,), x_test, y_test. Of
+    1,290 digits five canvases each, in order: the last tenth is of others; of 500, three each."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
         x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
-        x, y = x.view(-1, 8, 8).float() / 16, y.long()
-        (x, x_test), (y, y_test) = (
-            (t[:1290].repeat_interleave(5, 0), t[1297:].repeat_interleave(3, 0)) for t in (x, y)
-        )
-        return [canvas_digits(x, 0), y, canvas_digits(x_test, 1), y_test]
+        x, y = x.view(-1, 1, 8, 8).float() / 16, y.long()
+        rows, test = torch.arange(1290), torch.arange(1297, 1797)
+        rows, test = rows.repeat_interleave(5), test.repeat_interleave(3)
+        return [canvas_digits(x[rows], 0), y[rows], canvas_digits(x[test], 1), y[test]]
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    y, y_test = y.reshape(len(x), -1)[:, 0], y_test.reshape(len(x_test), -1)[:, 0]
-    good = x.dtype == x_test.dtype == np.uint8 and x.shape[3:] in ((), (1,), (3,)) and len(x_test)
-    good = good and x.ndim > 2 and x.shape[1:] == x_test.shape[1:] and y_test.max() <= y.max()
-    if not good or {y.dtype.kind, y_test.dtype.kind} - {"i", "u"} or min(y.min(), y_test.min()) < 0:
+        images, labels = (
+            [torch.from_numpy(file[f"{a}_{b}"]) for b in ("train", "test")] for a in "xy"
+        )
+    x, x_test = (t.view(*t.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for t in images)
+    y, y_test = (t.reshape(len(t), -1)[:, 0].long() for t in labels)
+    good = {t.dtype for t in images} == {torch.uint8} and x.shape[1:] == x_test.shape[1:]
+    good = good and (len(x), len(x_test)) == (len(y), len(y_test)) and y_test.max() <= y.max()
+    if not good or min(y.min(), y_test.min()) < 0 or any(map(torch.is_floating_point, labels)):
         raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
-    x, x_test = (torch.from_numpy(a).reshape(*a.shape[:3], -1).expand(-1, -1, -1, 3)
-                 for a in (x, x_test))  # fmt: skip
-    return [x, torch.tensor(y.astype("i8")), x_test, torch.tensor(y_test.astype("i8"))]
+    return [x, y, x_test, y_test]
 
 
-def to_float(x: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [0, 1]."""
-    return x.permute(0, 3, 1, 2) / 255
-
-
-# ---- 6. Training: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
+# ---- 6. The demo: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
 
 VIEWS = ("crop", "rotate", "flip", "jitter", "hue", "grey", "blur")
-Run = namedtuple("Run", "model optimizer views steps lr labels")  # labels: how many it may see
+SHORT = {"crop only": {"jitter": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0}}  # Figure 5
+SHORT |= {"colour only": {"crop": 1.0, "rotate": 0.0, "flip": 0.0}, "both": {}}
+Run = namedtuple("Run", "model optimizer views steps rows labels")  # rows: those it may see
 
 
-def build(args, K: int) -> dict:
+def build(args, classes: int) -> dict:
     """-> runs by name: SimCLR, the short ones of Figure 5, the network trained with labels."""
     views, runs = {name: getattr(args, name) for name in VIEWS}, {}
-    crop_only = {**views, "jitter": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0}
-    colour_only = {**views, "crop": 1.0, "rotate": 0.0, "flip": 0.0}
-    for name, recipe, steps, labels in (
-        ("SimCLR", views, args.steps, 0),
-        ("crop only", crop_only, args.short, 0),
-        ("colour only", colour_only, args.short, 0),
-        ("both", views, args.short, 0),
-        ("few labels", views, args.label_steps, args.few),
-        ("all labels", views, args.label_steps, args.images),
-    ):
-        if steps:
-            torch.manual_seed(args.seed)
-            encoder = ENCODERS[args.encoder]()
-            model = SimCLR(encoder, args.dim, nn.Linear(encoder.dim, K) if labels else None)
-            model = model.to(args.device, memory_format=torch.channels_last)
-            lars, lr = args.optimizer == "lars" and not labels, 3e-3 if labels else args.lr
-            kind = LARS if lars else torch.optim.AdamW
-            optimizer = kind(model.parameters(), lr, weight_decay=args.weight_decay)
-            runs[name] = Run(model, optimizer, recipe, steps, lr, labels)
+    order = torch.randperm(args.images, generator=torch.manual_seed(args.seed)).to(args.device)
+    every = order.sort().values
+    plan = {"SimCLR": (views, args.steps, every), "random network": (views, 0, every)}
+    plan |= {name: (views | off, args.short, every) for name, off in SHORT.items()}
+    plan |= {"few labels": (views, args.label_steps, order[: args.few])}
+    plan |= {"all labels": (views, args.label_steps, order)}
+    for name, how in plan.items():
+        torch.manual_seed(args.seed)  # one start for all
+        encoder, labels = ENCODERS[args.encoder](), name.endswith("labels")
+        model = SimCLR(encoder, args.dim, nn.Linear(encoder.dim, classes) if labels else None)
+        model = model.to(args.device, memory_format=torch.channels_last)
+        kind = LARS if args.optimizer == "lars" and not labels else torch.optim.AdamW
+        optimizer = kind(model.parameters(), args.lr, weight_decay=args.weight_decay)
+        runs[name] = Run(model, optimizer, *how, labels)
     return runs
 
 
-def train(runs, data, args, done=(), history=()):
-    """Trains one run after the other -> steps done by name, [(name, step, loss)], stopped."""
+def train(runs, data, args, state=(), stop=()) -> dict:
+    """Trains one run after the other, from where `state` left it, until `stop` holds -> state."""
     from tqdm import tqdm
 
-    (x, y), (rank, world), stop = data, rank_and_world(), []
-    done, history = dict(done), list(history)
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
-    try:
-        for name, (model, optimizer, views, steps, lr, labels) in runs.items():
-            first, t0, known = done.get(name, 0), time.time(), labelled(x, labels, args.seed)
-            model.train()
-            for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
-                g = torch.Generator().manual_seed(args.seed * 10**10 + step)
-                rows = torch.randint(labels or len(x), (args.batch_size,), generator=g)
-                u = torch.rand(2, args.batch_size, 16, generator=g).chunk(world, 1)[rank]
-                rows = rows.chunk(world)[rank].to(x.device)
-                if labels:
-                    rows = known[rows]
-                    views_1 = augment(to_float(x[rows]), u[0], **views)
-                    loss = F.cross_entropy(model(views_1)[1], y[rows])
-                else:  # one pass for all views, so that they share the batch norm's statistics
-                    both = to_float(x[rows]).repeat(2, 1, 1, 1)
-                    _, z = model(augment(both, u.flatten(0, 1), **views))
-                    loss = nt_xent(*z.chunk(2), args.temperature)  # Eq. 1
-                rate = min(1.0, step / max(1, args.warmup * steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * rate * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.zero_grad(); loss.backward()  # fmt: skip
-                now, stopped, norm = average(model, loss.item(), float(len(stop)))
-                if not math.isfinite(now + norm):
-                    raise FloatingPointError(f"{name}: loss {now}, gradient {norm} at step {step}")
-                optimizer.step()
-                if stopped or step % args.log_every == 0 or step == steps:
-                    history.append((name, step, now))
-                    done[name], ms = step, (time.time() - t0) / (step - first) * 1e3
-                    if rank == 0:
-                        row = f"step {step:5d}/{steps} | {name} loss {now:.4f} | {ms:.0f} ms/step"
-                        tqdm.write(row)
-                    if rank == 0 and args.save:
-                        save(args, runs, done, history)
-                if stopped:
-                    return done, history, True
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return done, history, False
-
-
-def save(args, runs, done, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "simclr", "args": vars(args), "step": done.get("SimCLR", 0)}
-    state |= {"done": done, "history": history}
-    state["models"] = {name: run.model.state_dict() for name, run in runs.items()}
-    state["optimizers"] = {name: run.optimizer.state_dict() for name, run in runs.items()}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 7. Evaluation and picture ----
+    (x, y), (rank, world) = data, rank_and_world()
+    state = {"done": {}, "history": [], "models": {}, "optimizers": {}} | dict(state)
+    for name, (model, optimizer, views, steps, rows, labels) in runs.items():
+        first, t0 = state["done"].get(name, 0), time.time()
+        model.train()
+        for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
+            g = torch.Generator().manual_seed(args.seed * 10**10 + step)
+            i = torch.randint(len(rows), (args.batch_size,), generator=g).chunk(world)[rank]
+            u = torch.rand(2, args.batch_size, 16, generator=g).chunk(world, 1)[rank]
+            i, k = rows[i.to(x.device)], 1 if labels else 2
+            # one pass for both views, so that they share the batch norm's statistics
+            both = augment((x[i] / 255).repeat(k, 1, 1, 1), u[:k].flatten(0, 1), **views)
+            _, z = model(both)
+            if labels:
+                loss = F.cross_entropy(z, y[i])
+            else:
+                loss = nt_xent(*z.chunk(2), args.temperature)  # Eq. 1
+            rate = (3e-3 if labels else args.lr) * min(1, step / max(1, args.warmup * steps))
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad(); loss.backward()  # fmt: skip
+            now = loss.new_tensor([loss.item(), len(stop)])  # all stop at one step
+            grads = [p.grad for p in model.parameters()]
+            for t in (now, *grads) if world > 1 else ():  # their means over the processes
+                dist.all_reduce(t.div_(world))
+            (loss, stopped), norm = now.tolist(), nn.utils.get_total_norm(grads).item()
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(f"{name}: loss {loss}, gradient {norm} at step {step}")
+            optimizer.step()
+            if stopped or step % args.log_every == 0 or step == steps:
+                state["done"][name], ms = step, (time.time() - t0) / (step - first) * 1e3
+                state["history"].append((name, step, loss))
+                state["models"][name] = model.state_dict()
+                state["optimizers"][name] = optimizer.state_dict()
+                state |= {"script": "simclr", "args": vars(args), "step": state["done"]["SimCLR"]}
+                if rank == 0:
+                    row = f"step {step:5d}/{steps} | {name} loss {loss:.4f} | {ms:.0f} ms/step"
+                    tqdm.write(row)
+                    if args.save:  # beside its place, then moved there: a crash leaves the old one
+                        torch.save(state, args.save + ".tmp")
+                        os.replace(args.save + ".tmp", args.save)
+            if stopped:
+                return state
+    return state
 
 
 def grey_centred(x: Tensor) -> Tensor:
@@ -444,86 +367,53 @@ def grey_centred(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-def labelled(x: Tensor, n: int, seed: int) -> Tensor:
-    """The rows of x whose labels may be seen: n of them, drawn by seed."""
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return rows[:n].to(x.device)
-
-
 @torch.no_grad()
-def features(encoder, x: Tensor):
-    """Images uint8 (N, H, W, 3) -> what encoder(x) says of x (B, 3, H, W) in [0, 1], as numpy."""
-    return torch.cat([encoder(to_float(part)).flatten(1) for part in x.split(256)]).cpu().numpy()
-
-
-def evaluate(encoders: dict, data, few: int = 1000, seed: int = 0) -> dict:
-    """encoders by name -> accuracies (k-NN few, linear few, k-NN all, linear all) on the test part.
-
-    few: how many training images have labels, drawn by seed. An encoder is a function of images, or
-    a dict of them by number of labels (for a network that was trained with them). Its features
-    stay as they are; linear: logistic regression on them, standardised; k-NN: cosine, k = 5.
-    """
+def evaluate(encoder, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> tuple[float, float]:
+    """Test accuracies of k-NN (cosine, k = 5) and of logistic regression (standardised) on frozen
+    features, what encoder says of images (B, 3, H, W) in [0, 1]. x uint8 (N, 3, H, W), y (N,)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    (x, y, x_test, y_test), table = data, {}
-    for name, encoder in encoders.items():
-        table[name] = ()
-        for n in (min(few, len(x)), len(x)):
-            f = encoder[n] if isinstance(encoder, dict) else encoder
-            rows = labelled(x, n, seed)
-            (a, b), (t, t_test) = (
-                (features(f, part) for part in (x[rows], x_test)),
-                (y[rows], y_test),
-            )
-            mean, sd = a.mean(0), a.std(0) + 1e-6
-            for model, p, q in (
-                (KNeighborsClassifier(min(5, n), metric="cosine"), a, b),
-                (LogisticRegression(max_iter=100), (a - mean) / sd, (b - mean) / sd),
-            ):
-                table[name] += (model.fit(p, t.cpu()).score(q, t_test.cpu()),)
-    return table
+    a, b = ([encoder(part / 255).flatten(1) for part in t.split(256)] for t in (x, x_test))
+    a, b, y, y_test = (t.cpu().numpy() for t in (torch.cat(a), torch.cat(b), y, y_test))
+    knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y)
+    mean, sd = a.mean(0), a.std(0) + 1e-6
+    linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
+    return knn.score(b, y_test), linear.score((b - mean) / sd, y_test)
 
 
 @torch.no_grad()
-def draw_picture(args, model, start, data, table):
+def draw_picture(args, runs, data, table):
     """Views, cosines of a batch's views before and after, the features in the plane, accuracies."""
     from matplotlib.figure import Figure  # without pyplot no window is opened
     from sklearn.manifold import TSNE
 
-    x, y, x_test, y_test = data
-    fig = Figure(figsize=(15, 7.5), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.5])
-    g, views = torch.Generator().manual_seed(args.seed), {n: getattr(args, n) for n in VIEWS}
+    (x, y, x_test, y_test), g = data, torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(x), generator=g)[:50].to(x.device)
-    rows = rows[y[rows].argsort()]
-    image = to_float(x[rows])
-    pair = [augment(image, torch.rand(len(rows), 16, generator=g), **views) for _ in range(2)]
-    for j, axis in enumerate(top.subplots(3, 14).T.flat):
-        part = [image, *pair][j % 3][j // 3 * len(rows) // 14]
-        axis.imshow(part.permute(1, 2, 0).cpu())
-        axis.set(xticks=[], yticks=[], ylabel=("image", "view 1", "view 2")[j] if j < 3 else "")
-    axes = bottom.subplots(1, 4, width_ratios=[1, 1, 1, 1.1])
-    for axis, m, title in zip(axes, (start, model), ("before training", "after")):
-        z1, z2 = (F.normalize(m(part)[1], dim=1) for part in pair)
-        shown = axis.imshow((z1 @ z2.T).cpu(), vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set(title=f"cosine of views, {title}", xlabel="views 2, by class", ylabel="views 1")
-    bottom.colorbar(shown, ax=list(axes[:2]), shrink=0.6)
-    h = torch.tensor(features(lambda part: model(part)[0], x_test[:900]))
-    place = TSNE(perplexity=min(30, len(h) / 4), random_state=0).fit_transform(
-        F.normalize(h, dim=1)
-    )
-    axes[2].scatter(*place.T, c=y_test[: len(h)].cpu(), cmap="tab10", s=6)
-    axes[2].set(title="h of unseen images (t-SNE), by class", xticks=[], yticks=[])
-    bars = axes[3].barh(list(table), [row[1] for row in table.values()], color="tab:blue")
-    axes[3].bar_label(bars, fmt="%.2f")
-    axes[3].invert_yaxis()
-    axes[3].set(title=f"linear probe, {args.few} labels", xlim=(0, 1.1))
+    image, u = x[rows[y[rows].argsort()]] / 255, torch.rand(2, len(rows), 16, generator=g)
+    pair = [augment(image, numbers, **runs["SimCLR"].views) for numbers in u]
+    fig = Figure(figsize=(15, 7.5), layout="constrained")
+    axes = fig.subplot_mosaic("vvvv;abhp", height_ratios=[1, 1.5], width_ratios=[1, 1, 1, 1.1])
+    strip = torch.stack([image, *pair])[:, ::3].permute(0, 3, 1, 4, 2)  # (3, H, n, W, 3)
+    axes["v"].imshow(strip.flatten(2, 3).flatten(0, 1).cpu())
+    axes["v"].set(title="images, above two views of each", xticks=[], yticks=[])
+    for key, name in (("a", "random network"), ("b", "SimCLR")):
+        z1, z2 = (F.normalize(runs[name].model(part)[1], dim=1) for part in pair)
+        shown = axes[key].imshow((z1 @ z2.T).cpu(), vmin=-1, vmax=1, cmap="RdBu_r")
+        axes[key].set(title=f"cosine of views, {name}", xlabel="views 2, by class")
+    fig.colorbar(shown, ax=[axes["a"], axes["b"]], shrink=0.6)
+    h = F.normalize(runs["SimCLR"].model.encoder(x_test[:900] / 255), dim=1).cpu()
+    place = TSNE(perplexity=min(30, len(h) / 4), random_state=0).fit_transform(h)
+    axes["h"].scatter(*place.T, c=y_test[: len(h)].cpu(), cmap="tab10", s=6)
+    axes["h"].set(title="h of unseen images (t-SNE), by class", xticks=[], yticks=[])
+    bars = axes["p"].barh(list(table), [row[1] for row in table.values()], color="tab:blue")
+    axes["p"].bar_label(bars, fmt="%.2f")
+    axes["p"].invert_yaxis()
+    axes["p"].set(title=f"linear probe, {args.few} labels", xlim=(0, 1.1))
     fig.savefig(os.path.join(args.out, "simclr.png"), dpi=80)
 
 
-# ---- 8. Command line ----
-
+QUICK = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 16}  # --quick
 DEFAULTS = {  # on digits, on an npz (the paper on CIFAR-10), least, most, meaning
     "seed": (0, 0, 0, 10**8, "of weights, batches, views, labels"),
     "log_every": (250, 250, 1, math.inf, "steps between log lines"),
@@ -555,7 +445,7 @@ def parse(argv):
     for name, (value, npz, _, _, text) in DEFAULTS.items():
         text = f"default {value}, npz and paper {npz}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(value), help=text)
-    flag("--encoder", choices=list(ENCODERS), help="default small, npz resnet18 (paper: resnet50)")
+    flag("--encoder", choices=ENCODERS, help="default small, npz resnet18 (paper: resnet50)")
     flag("--optimizer", choices=["adamw", "lars"], help="default adamw, npz lars (paper: lars)")
     flag("--validate", action="store_true", help="judge on the last tenth of the training images")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
@@ -563,93 +453,89 @@ def parse(argv):
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate, or to go on with (more --steps)")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
-    flag("--target", type=float, help="exit 1 if the linear probe with few labels is below this")
+    flag("--target", type=float, default=0, help="exit 1 if h's linear probe (few labels) is lower")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda" and world > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=args.device)
         if args.load:
-            ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
+            ckpt = torch.load(args.load, map_location=args.device, weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script") != "simclr":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        own, npz = ckpt.get("args", {}), (args.data or "").endswith(".npz")
-        npz = npz or not args.data and own.get("data", "digits") != "digits"
-        quick = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 16} if args.quick else {}
-        default = {name: value[npz] for name, value in DEFAULTS.items()} | quick
-        default |= {"data": "digits", "encoder": "resnet18" if npz else "small"}
-        default |= {"optimizer": "lars" if npz else "adamw"}
-        for name, value in default.items():
+        own = (QUICK if args.quick else {}) | ckpt.get("args", {})
+        args.data = args.data or own.get("data", "digits")
+        npz = args.data != "digits"
+        args.encoder = args.encoder or own.get("encoder", ("small", "resnet18")[npz])
+        args.optimizer = args.optimizer or own.get("optimizer", ("adamw", "lars")[npz])
+        for name, (*values, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
-                setattr(args, name, own.get(name, value))
-        for name, (_, _, low, high, _) in DEFAULTS.items():
+                setattr(args, name, own.get(name, values[npz]))
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         x, y, x_test, y_test = load_data(args.data)
         n = len(x) * 9 // 10
         data = [x[:n], y[:n], *((x[n:], y[n:]) if args.validate else (x_test, y_test))]
-        data = [t[: 300 if args.quick else None] for t in data]
+        data = [t[: 300 if args.quick else None].to(args.device) for t in data]
         args.images, args.few = len(data[0]), min(args.few, len(data[0]))
         if args.batch_size > args.images or args.batch_size % world:
             raise ValueError(f"--batch-size must divide by {world} and be at most {args.images}")
+        if args.optimizer != own.get("optimizer", args.optimizer):
+            raise ValueError(f"{args.load} was trained with --optimizer {own['optimizer']}")
         runs = build(args, int(y.max()) + 1)
-        for name, run in runs.items() if own else ():
-            run.model.load_state_dict(ckpt["models"][name])
-            run.optimizer.load_state_dict(ckpt["optimizers"][name])
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
+        for part in ("model", "optimizer"):
+            for name, weights in ckpt.get(part + "s", {}).items():
+                getattr(runs[name], part).load_state_dict(weights)
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save and args.save + ".tmp", args.out + "/simclr.png")):
-            open(path, "ab").close()  # fails now, not after the training
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, ckpt, [t.to(args.device) for t in data], runs
+    return args, ckpt, data, runs
 
 
 def main(argv=None) -> int:
     args, ckpt, data, runs = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    t0, rank = time.time(), rank_and_world()[0]
-    model, start = runs["SimCLR"].model, build(args, 1)["SimCLR"].model.eval()
-    count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    t0, rank, model, stop = time.time(), rank_and_world()[0], runs["SimCLR"].model, []
     if rank == 0:
+        count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
         kind = f"{args.data} {args.images}/{len(data[2])}"
         print(f"simclr | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:
-        state = ckpt.get("done", {}), ckpt.get("history", [])
-        done, history, stopped = train(runs, data[:2], args, *state)
+        train(runs, data[:2], args, ckpt, stop)
     except FloatingPointError as error:
         print(f"simclr.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank:
         return 0
-    for run in runs.values():
-        run.model.eval()
-    encoders = {"raw pixels": lambda x: x, "grey centred": grey_centred}
-    encoders["random network"] = start.encoder
-    if args.label_steps:
-        kinds = {"few labels": args.few, "all labels": args.images}
-        encoders["labels alone"] = {n: runs[name].model.encoder for name, n in kinds.items()}
-    short = ("crop only", "colour only", "both") if args.short else ()
-    encoders |= {f"{name}, {args.short} steps": runs[name].model.encoder for name in short}
-    encoders |= {"SimCLR z": lambda x: model(x)[1], "SimCLR h": model.encoder}
-    table = evaluate(encoders, data, args.few, args.seed)
+    nets, table = {name: run.model.eval().encoder for name, run in runs.items()}, {}
+    for k in ("few labels", "all labels"):
+        encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
+        encoders["random network"] = nets["random network"]
+        encoders |= {"labels alone": nets[k]} if args.label_steps else {}
+        encoders |= {f"{name}, {args.short} steps": nets[name] for name in SHORT if args.short}
+        encoders |= {"SimCLR z": lambda x: model(x)[1], "SimCLR h": nets["SimCLR"]}
+        for name, encoder in encoders.items():
+            accs = evaluate(encoder, *(t[runs[k].rows] for t in data[:2]), *data[2:])
+            table[name] = table.get(name, ()) + accs
     few, every = f"{args.few} labels", f"{args.images} labels"
     print(f"{'test accuracy':26} k-NN {few:>12} {every:>12} | linear {few:>12} {every:>12}")
     for name, (knn, linear, knn_all, linear_all) in table.items():
         print(f"{name:26} {knn:17.4f} {knn_all:12.4f} | {linear:19.4f} {linear_all:12.4f}")
-    draw_picture(args, model, start, data, table)
+    draw_picture(args, runs, data, table)
     parts = [f"{name} {row[1]:.4f}" for name, row in table.items() if "steps" not in name][::-1]
     print(f"test acc linear {few} {' | '.join(parts)} | {time.time() - t0:.0f} s")
-    missed = args.target is not None and table["SimCLR h"][1] < args.target
-    return 130 if stopped else int(missed)
+    return 130 if stop else int(table["SimCLR h"][1] < args.target)
 
 
 if __name__ == "__main__":
