@@ -41,7 +41,7 @@ import os
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 
 import torch
@@ -55,13 +55,10 @@ from torch import Tensor
 
 def augment(x: Tensor, u: Tensor, crop=0.2, rotate=0.0, flip=0.5, jitter=0.4, hue=0.4, grey=0.2,
             blur=0.0) -> Tensor:  # fmt: skip
-    """Random views of images x (B, 3, H, W) in [0, 1], as u (B, 16), uniform in [0, 1), says.
-
-    crop: least share of the area, resized back, aspect 3/4 to 4/3; rotate: degrees either way;
-    flip, grey, blur: probabilities; jitter: brightness, contrast and saturation by factors of up to
-    1 +- jitter, and hue by up to this share of the circle, in 4 of 5 views. The defaults are v1's;
-    v2: hue .1, blur .5. All geometry is one warp, all colour one 3 x 3 matrix per image.
-    """
+    """Random views of images x (B, 3, H, W) in [0, 1], as u (B, 16), uniform in [0, 1), says. crop:
+    least share of the area, resized back, aspect 3/4 to 4/3; rotate: degrees either way; flip,
+    grey, blur: probabilities; jitter: brightness, contrast, saturation by factors of up to 1 +-
+    jitter, hue by up to this share of the circle, in 4 of 5 views. v2: hue .1, blur .5."""
     (B, C, H, W), u = x.shape, u.to(x)
     s = 2 * u - 1  # uniform in [-1, 1)
     area = (crop + (1 - crop) * u[:, 0]).log()
@@ -85,99 +82,83 @@ def augment(x: Tensor, u: Tensor, crop=0.2, rotate=0.0, flip=0.5, jitter=0.4, hu
     x = (A @ x.flatten(2) + level.view(B, 1, 1)).view(B, C, H, W).clamp(0, 1)
     if not blur:
         return x
-    k = round(H / 20)  # the kernel is a tenth of the side
-    ticks = torch.arange(-k, k + 1).to(x)
-    w = (-(ticks**2) / (2 * (0.1 + 1.9 * u[:, 12:13]) ** 2)).exp()  # sigma from 0.1 to 2
-    w = torch.where(u[:, 13:14] < blur, w / w.sum(1, keepdim=True), (ticks == 0).to(x))
-    w = w.repeat_interleave(C, 0)[:, None]  # (B C, 1, 2 k + 1)
-    x = F.pad(x, (k, k, k, k), mode="replicate").view(1, B * C, H + 2 * k, W + 2 * k)
-    x = F.conv2d(F.conv2d(x, w[:, :, None], groups=B * C), w[..., None], groups=B * C)
-    return x.view(B, C, H, W)
+    sigma = torch.where(u[:, 13] < blur, 0.1 + 1.9 * u[:, 12], 0.01).view(B, 1, 1, 1)
+    for _ in range(2):  # along the rows, then along the columns
+        i = torch.arange(x.shape[3]).to(x)
+        gap = i - i[:, None]
+        w = (-((gap / sigma) ** 2) / 2).exp() * (gap.abs() <= round(H / 20))  # a tenth of the side
+        x = (x @ (w / w.sum(2, keepdim=True))).transpose(2, 3)
+    return x
 
 
 # ---- 2. Encoders f_q and f_k: a ResNet (arXiv:1512.03385) with its head as `fc` ----
 
 
 class Block(nn.Module):
-    """Basic, two 3 x 3, or bottleneck, 1 x 1, 3 x 3, 1 x 1: (B, c_in, H, W) -> (B, c, H', W')."""
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (bottleneck), and a way around them: (B, c_in,
+    H, W) -> (B, c, H', W'), of a bottleneck (B, 4 c, H', W')."""
 
     def __init__(self, c_in: int, c: int, stride: int, bottleneck: bool):
         super().__init__()
-        a, out = (c_in, c), c * (4 if bottleneck else 1)
-        self.conv1 = nn.Conv2d(*a, 1 if bottleneck else 3, 1 if bottleneck else stride,
-                               0 if bottleneck else 1, bias=False)  # fmt: skip
-        self.bn1 = nn.BatchNorm2d(c)
-        self.conv2 = nn.Conv2d(c, c, 3, stride if bottleneck else 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c)
-        self.conv3 = nn.Conv2d(c, out, 1, bias=False) if bottleneck else None
-        self.bn3 = nn.BatchNorm2d(out) if bottleneck else None
-        self.downsample = None
+        sizes = (c_in, c, 3, stride), (c, c, 3, 1)
+        if bottleneck:
+            sizes = (c_in, c, 1, 1), (c, c, 3, stride), (c, 4 * c, 1, 1)
+        for i, (a, out, k, s) in enumerate(sizes, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(a, out, k, s, k // 2, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(out))
+        self.downsample, self.bottleneck = nn.Sequential(), bottleneck  # empty: the identity
         if stride > 1 or c_in != out:
-            conv = nn.Conv2d(c_in, out, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+            self.downsample.append(nn.Conv2d(c_in, out, 1, stride, bias=False))
+            self.downsample.append(nn.BatchNorm2d(out))
 
     def forward(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.conv3 is not None:
-            y = self.bn3(self.conv3(F.relu(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn3(self.conv3(F.relu(y))) if self.bottleneck else y
+        return F.relu(y + self.downsample(x))
 
 
-class ResNet(nn.Module):
-    """Images (B, 3, H, W) -> fc of the features h (B, D), the mean over the last map's places.
-
-    head: "linear" (MoCo), "mlp" (v2) to `dim` outputs, or "none". stem: "imagenet" (7 x 7, stride
-    2, max-pool), "cifar" (3 x 3, stride 1, no pool) or "small" (3 x 3, stride 2, max-pool). Names
-    and shapes are torchvision's, and those of the official checkpoints.
-    """
+class ResNet(nn.Sequential):
+    """Images (B, 3, H, W) -> fc of the features h (B, D), the mean over places of the last map.
+    stem: "imagenet" (7 x 7, stride 2, max-pool), "cifar" (3 x 3, stride 1, no pool) or "small"
+    (3 x 3, stride 2, max-pool). head, to `dim` outputs: "linear" (MoCo), "mlp" (v2); or "none".
+    Names and shapes are torchvision's, and those of the official checkpoints."""
 
     def __init__(self, layers=(2, 2, 2, 2), width=64, bottleneck=False, stem="cifar", dim=128,
                  head="linear"):  # fmt: skip
         super().__init__()
         k, stride = {"imagenet": (7, 2), "cifar": (3, 1), "small": (3, 2)}[stem]
         self.conv1 = nn.Conv2d(3, width, k, stride, k // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.pool, self.depth, c_in = stem != "cifar", len(layers), width
+        self.bn1, self.relu, self.dim = nn.BatchNorm2d(width), nn.ReLU(), width
+        self.maxpool = nn.Identity() if stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         for i, n in enumerate(layers):
-            c, blocks = width * 2**i, []
+            layer, c = nn.Sequential(), width * 2**i
             for j in range(n):
-                blocks.append(Block(c_in, c, 2 if i and not j else 1, bottleneck))
-                c_in = c * (4 if bottleneck else 1)
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        mlp = [nn.Linear(c_in, c_in), nn.ReLU()] if head == "mlp" else []
-        self.fc, self.dim = nn.Sequential(*mlp, nn.Linear(c_in, dim)), c_in
-        if head != "mlp":
-            self.fc = self.fc[0] if head == "linear" else nn.Identity()
+                layer.append(Block(self.dim, c, 2 if i and not j else 1, bottleneck))
+                self.dim = 4 * c if bottleneck else c
+            self.add_module(f"layer{i + 1}", layer)
+        self.avgpool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        mlp = [nn.Linear(self.dim, self.dim), nn.ReLU()] if head == "mlp" else []
+        fc = nn.Linear(self.dim, dim)
+        self.fc = nn.Identity() if head == "none" else nn.Sequential(*mlp, fc) if mlp else fc
 
     def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, 2, 1) if self.pool else x
-        for i in range(self.depth):
-            x = self.get_submodule(f"layer{i + 1}")(x)
-        return x.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x))
+        for module in list(self)[:-1]:  # all but fc
+            x = module(x)
+        return x
 
 
-ENCODERS = {
-    "small": partial(ResNet, (1, 1, 1), 32, stem="small"),
-    "resnet18": ResNet,
-    "resnet50": partial(ResNet, (3, 4, 6, 3), bottleneck=True),
-}
+ENCODERS = {"small": partial(ResNet, (1, 1, 1), 32, stem="small"), "resnet18": ResNet}
+ENCODERS["resnet50"] = partial(ResNet, (3, 4, 6, 3), bottleneck=True)
 
 
 # ---- 3. Momentum Contrast (Section 3, Algorithm 1) ----
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07) -> Tensor:
-    """Eq. 1: q, k (n, d) and queue (d, K) of length one -> (). At chance it is ln(K + 1).
-
-    Each q is to pick its own k among it and the K keys of other, earlier images.
-    """
+    """Eq. 1: q, k (n, d) and queue (d, K) of length one -> (). At chance it is ln(K + 1). Each q is
+    to pick its own k among it and the K keys of other, earlier images."""
     l_pos = (q * k).sum(1, keepdim=True)  # (n, 1)
     l_neg = q @ queue  # (n, K)
     logits = torch.cat([l_pos, l_neg], 1) / temperature
@@ -185,11 +166,9 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07) -> 
 
 
 class MoCo(nn.Module):
-    """encoder_q learns by gradient, encoder_k follows it, the queue remembers K of its keys.
-
-    groups: in how many parts a process normalises a batch (batch norm), as that many GPUs would;
-    with 1 group on 1 process shuffling does nothing, and a query's own key is in its statistics.
-    """
+    """encoder_q learns by gradient, encoder_k follows it, the queue remembers K of its keys. In
+    `groups` parts a process normalises a batch (batch norm), as that many GPUs would; with 1 group
+    on 1 process shuffling does nothing, and a query's own key is in its statistics."""
 
     def __init__(self, encoder: nn.Module, dim=128, K=65536, m=0.999, temperature=0.07, groups=1):
         super().__init__()
@@ -211,9 +190,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, x_k: Tensor, shuffle: Tensor) -> Tensor:
         """Shuffled BN (Section 3.3): keys are normalised in the company of other images' keys.
-
-        Beside its query's, the group's statistics would tell which key belongs: a short cut.
-        """
+        Beside its query's, the group's statistics would tell which key belongs: a short cut."""
         rank, world = rank_and_world()
         mine = gather(x_k)[shuffle].chunk(world)[rank]
         k = F.normalize(self.grouped(self.encoder_k, mine), dim=1)
@@ -239,21 +216,20 @@ class MoCo(nn.Module):
     @classmethod
     def from_checkpoint(cls, path: str, **kwargs) -> "MoCo":
         """The model of an official file, {"state_dict": {"module.encoder_q.conv1.weight": ...}}."""
-        w = torch.load(path, map_location="cpu", weights_only=True)
+        w, q = torch.load(path, map_location="cpu", weights_only=True), "encoder_q."
         w = {k.removeprefix("module."): v for k, v in w.get("state_dict", w).items()}
-        if "encoder_q.conv1.weight" not in w:
+        if q + "conv1.weight" not in w:
             raise ValueError(f"{path} has no weights of MoCo")
-        names, q = {tuple(k.split(".")[1:3]) for k in w}, "encoder_q."
-        layers = [sum(n[:1] == (f"layer{i}",) for n in names) for i in range(1, 5)]
+        blocks = {tuple(k.split(".")[1:3]) for k in w if k.startswith(q + "layer")}
+        layers = [*Counter(layer for layer, _ in sorted(blocks)).values()]  # blocks in each
         width, _, side, _ = w[q + "conv1.weight"].shape
-        mlp, stem = q + "fc.2.weight" in w, "imagenet" if side == 7 else "cifar"
-        dim = len(w[q + ("fc.2.bias" if mlp else "fc.bias")])
-        encoder = ResNet([n for n in layers if n], width, q + "layer1.0.conv3.weight" in w, stem,
-                         dim, "mlp" if mlp else "linear")  # fmt: skip
-        model = cls(encoder, dim, w["queue"].shape[1] if "queue" in w else 65536, **kwargs)
-        if not any(k.startswith("encoder_k.") for k in w):  # a file of queries alone
-            w |= {"encoder_k." + k.removeprefix(q): v for k, v in w.items() if k.startswith(q)}
-        model.load_state_dict({"queue": model.queue, "queue_ptr": model.queue_ptr} | w)
+        last, stem = q + "fc.2.bias", "imagenet" if side == 7 else "cifar"
+        head, last = ("mlp", last) if last in w else ("linear", q + "fc.bias")
+        size = layers, width, q + "layer1.0.conv3.weight" in w, stem, len(w[last])
+        encoder = ResNet(*size, head)
+        encoder.load_state_dict({k.removeprefix(q): v for k, v in w.items() if k.startswith(q)})
+        model = cls(encoder, len(w[last]), w["queue"].shape[1] if "queue" in w else 65536, **kwargs)
+        model.load_state_dict(model.state_dict() | w)  # a file of queries alone: its keys are they
         return model
 
 
@@ -273,173 +249,133 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def average(model: nn.Module, *values: float) -> list[float]:
-    """Averages all gradients, and values beside them, over the processes -> values, |gradient|."""
-    world, params = rank_and_world()[1], [p for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([params[0].new_tensor(values), *[p.grad.flatten() for p in params]])
-    if world > 1:
-        dist.all_reduce(flat)
-        flat /= world
-        parts = flat[len(values) :].split([p.numel() for p in params])
-        for p, part in zip(params, parts):
-            p.grad.copy_(part.view_as(p))
-    return [*flat[: len(values)].tolist(), flat[len(values) :].norm().item()]
-
-
 # ---- 5. Data ----
 
 
 def canvas_digits(x: Tensor, seed: int) -> Tensor:
-    """Digits x (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3), each pasted once.
-
-    It is enlarged to 14-22 pixels, turned by up to 15 degrees, painted in a bright random colour
-    and put at a random place of a dark canvas with some noise.
-    """
+    """Digits (N, 1, 8, 8) in [0, 1] -> uint8 (N, 3, 32, 32): each enlarged to 14-22 pixels, turned
+    by up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
     g, N = torch.Generator().manual_seed(seed), len(x)
     share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
     place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
     angle = (2 * torch.rand(N, generator=g) - 1) * math.pi / 12
     A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
     grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
-    ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
-    colour = torch.rand(N, 3, 1, 1, generator=g)
-    colour = colour / colour.amax(1, keepdim=True)
+    ink = F.grid_sample(x, grid, align_corners=False)  # (N, 1, 32, 32)
+    colour = (c := torch.rand(N, 3, 1, 1, generator=g)) / c.amax(1, keepdim=True)
     x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
-    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+    return (x.clamp(0, 1) * 255).byte()
 
 
 def load_data(path: str) -> list[Tensor]:
-    """A Keras-style npz, or digits -> x_train uint8 (N, H, W, 3), y_train (N,), x_test, y_test.
-
-    digits: canvases, five of each of 1,290 digits in their order, so that the last tenth shows
-    digits that the rest doesn't; three of each of the 500 test digits.
-    """
+    """digits or a Keras-style npz -> x_train uint8 (N, 3, H, W), y_train (N,), x_test, y_test. Of
+    1,290 digits five canvases each, in order: the last tenth is of others; of 500, three each."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
         x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
-        x, y = x.view(-1, 8, 8).float() / 16, y.long()
-        (x, x_test), (y, y_test) = (
-            (t[:1290].repeat_interleave(5, 0), t[1297:].repeat_interleave(3, 0)) for t in (x, y)
-        )
-        return [canvas_digits(x, 0), y, canvas_digits(x_test, 1), y_test]
+        x, y = x.view(-1, 1, 8, 8).float() / 16, y.long()
+        rows, test = torch.arange(1290), torch.arange(1297, 1797)
+        rows, test = rows.repeat_interleave(5), test.repeat_interleave(3)
+        return [canvas_digits(x[rows], 0), y[rows], canvas_digits(x[test], 1), y[test]]
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
-    y, y_test = y.reshape(len(x), -1)[:, 0], y_test.reshape(len(x_test), -1)[:, 0]
-    good = x.dtype == x_test.dtype == np.uint8 and x.shape[3:] in ((), (1,), (3,)) and len(x_test)
-    good = good and x.ndim > 2 and x.shape[1:] == x_test.shape[1:] and y_test.max() <= y.max()
-    if not good or {y.dtype.kind, y_test.dtype.kind} - {"i", "u"} or min(y.min(), y_test.min()) < 0:
+        images, labels = (
+            [torch.from_numpy(file[f"{a}_{b}"]) for b in ("train", "test")] for a in "xy"
+        )
+    x, x_test = (t.view(*t.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for t in images)
+    y, y_test = (t.reshape(len(t), -1)[:, 0].long() for t in labels)
+    good = {t.dtype for t in images} == {torch.uint8} and x.shape[1:] == x_test.shape[1:]
+    good = good and (len(x), len(x_test)) == (len(y), len(y_test)) and y_test.max() <= y.max()
+    if not good or min(y.min(), y_test.min()) < 0 or any(map(torch.is_floating_point, labels)):
         raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
-    x, x_test = (torch.from_numpy(a).reshape(*a.shape[:3], -1).expand(-1, -1, -1, 3)
-                 for a in (x, x_test))  # fmt: skip
-    return [x, torch.tensor(y.astype("i8")), x_test, torch.tensor(y_test.astype("i8"))]
+    return [x, y, x_test, y_test]
 
 
-def to_float(x: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [0, 1]."""
-    return x.permute(0, 3, 1, 2) / 255
-
-
-# ---- 6. Training: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
+# ---- 6. The demo: a batch and its views depend on (seed, step) alone: a resumed run is exact ----
 
 VIEWS = ("crop", "rotate", "flip", "jitter", "hue", "grey", "blur")
-Run = namedtuple("Run", "model optimizer steps lr labels")  # labels: how many it may see
+Run = namedtuple("Run", "model optimizer views steps rows labels")  # rows: those it may see
 
 
 def build(args, classes: int) -> dict:
     """-> runs by name: MoCo, short ones for Section 4.1, the network trained with labels."""
-    runs, head = {}, {"dim": args.dim, "head": args.head}
-    for name, m, K, steps, labels in (
-        ("MoCo", args.m, args.queue, args.steps, 0),
-        ("m = 0", 0.0, args.queue, args.short, 0),
-        ("small K", args.m, args.small_queue, args.short, 0),
-        ("large K", args.m, args.queue, args.short, 0),
-        ("few labels", 0, 0, args.label_steps, args.few),
-        ("all labels", 0, 0, args.label_steps, args.images),
+    order = torch.randperm(args.images, generator=torch.manual_seed(args.seed)).to(args.device)
+    every, views, runs = order.sort().values, {name: getattr(args, name) for name in VIEWS}, {}
+    for name, m, K, steps, rows, labels in (
+        ("MoCo", args.m, args.queue, args.steps, every, False),
+        ("random network", args.m, args.queue, 0, every, False),
+        ("m = 0", 0.0, args.queue, args.short, every, False),
+        ("small K", args.m, args.small_queue, args.short, every, False),
+        ("large K", args.m, args.queue, args.short, every, False),
+        ("few labels", 0, 0, args.label_steps, order[: args.few], True),
+        ("all labels", 0, 0, args.label_steps, order, True),
     ):
-        if steps:
-            torch.manual_seed(args.seed)
-            model = ENCODERS[args.encoder](**({"dim": classes} if labels else head))
-            if not labels:
-                model = MoCo(model, args.dim, K, m, args.temperature, args.groups)
-            model = model.to(args.device, memory_format=torch.channels_last)
-            params = [p for p in model.parameters() if p.requires_grad]
-            if args.optimizer == "sgd" and not labels:
-                lr, optimizer = args.lr, torch.optim.SGD(params, args.lr, 0.9)
-            else:
-                lr = 3e-3 if labels else args.lr
-                optimizer = torch.optim.AdamW(params, lr)
-            optimizer.param_groups[0]["weight_decay"] = args.weight_decay
-            runs[name] = Run(model, optimizer, steps, lr, labels)
+        torch.manual_seed(args.seed)  # one start for all
+        head = {"dim": classes} if labels else {"dim": args.dim, "head": args.head}
+        model = ENCODERS[args.encoder](**head)
+        if not labels:
+            model = MoCo(model, args.dim, K, m, args.temperature, args.groups)
+        model = model.to(args.device, memory_format=torch.channels_last)
+        sgd = args.optimizer == "sgd" and not labels
+        kind = partial(torch.optim.SGD, momentum=0.9) if sgd else torch.optim.AdamW
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = kind(params, args.lr, weight_decay=args.weight_decay)
+        runs[name] = Run(model, optimizer, views, steps, rows, labels)
     return runs
 
 
-def train(runs, data, args, done=(), history=()):
-    """Trains one run after the other -> steps done by name, [(name, step, loss)], stopped."""
+def train(runs, data, args, state=(), stop=()) -> dict:
+    """Trains one run after the other, from where `state` left it, until `stop` holds -> state."""
     from tqdm import tqdm
 
-    (x, y), (rank, world), stop = data, rank_and_world(), []
-    done, history = dict(done), list(history)
-    views = {name: getattr(args, name) for name in VIEWS}
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
-    try:
-        for name, (model, optimizer, steps, lr, labels) in runs.items():
-            first, t0, known = done.get(name, 0), time.time(), labelled(x, labels, args.seed)
-            model.train()
-            for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
-                g = torch.Generator().manual_seed(args.seed * 10**10 + step)
-                rows = torch.randint(labels or len(x), (args.batch_size,), generator=g)
-                u = torch.rand(2, args.batch_size, 16, generator=g).chunk(world, 1)[rank]
-                shuffle = torch.randperm(args.batch_size, generator=g).to(x.device)
-                rows = rows.chunk(world)[rank].to(x.device)
-                if labels:
-                    rows = known[rows]
-                    views_1 = augment(to_float(x[rows]), u[0], **views)
-                    loss = F.cross_entropy(model(views_1), y[rows])
-                else:
-                    both = to_float(x[rows]).repeat(2, 1, 1, 1)
-                    x_q, x_k = augment(both, u.flatten(0, 1), **views).chunk(2)
-                    loss, k = model(x_q, x_k, shuffle)  # Eq. 1
-                rate = min(1.0, step / max(1, args.warmup * steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * rate * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.zero_grad(); loss.backward()  # fmt: skip
-                now, stopped, norm = average(model, loss.item(), float(len(stop)))
-                if not math.isfinite(now + norm):
-                    raise FloatingPointError(f"{name}: loss {now}, gradient {norm} at step {step}")
-                optimizer.step()
-                if not labels:
-                    model.update_key_encoder()  # Eq. 2
-                    model.enqueue(k)  # and dequeue: the oldest are overwritten
-                if stopped or step % args.log_every == 0 or step == steps:
-                    history.append((name, step, now))
-                    done[name], ms = step, (time.time() - t0) / (step - first) * 1e3
-                    if rank == 0:
-                        row = f"step {step:5d}/{steps} | {name} loss {now:.4f}"
-                        row += "" if labels else f" ({math.log(model.queue.shape[1] + 1):.2f})"
-                        tqdm.write(f"{row} | {ms:.0f} ms/step")
-                    if rank == 0 and args.save:
-                        save(args, runs, done, history)
-                if stopped:
-                    return done, history, True
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return done, history, False
-
-
-def save(args, runs, done, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "moco", "args": vars(args), "step": done.get("MoCo", 0)}
-    state |= {"done": done, "history": history}
-    state["models"] = {name: run.model.state_dict() for name, run in runs.items()}
-    state["optimizers"] = {name: run.optimizer.state_dict() for name, run in runs.items()}
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 7. Evaluation and picture ----
+    (x, y), (rank, world) = data, rank_and_world()
+    state = {"done": {}, "history": [], "models": {}, "optimizers": {}} | dict(state)
+    for name, (model, optimizer, views, steps, rows, labels) in runs.items():
+        first, t0 = state["done"].get(name, 0), time.time()
+        model.train()
+        for step in tqdm(range(first + 1, steps + 1), name, disable=rank > 0 or None):
+            g = torch.Generator().manual_seed(args.seed * 10**10 + step)
+            i = torch.randint(len(rows), (args.batch_size,), generator=g).chunk(world)[rank]
+            u = torch.rand(2, args.batch_size, 16, generator=g).chunk(world, 1)[rank]
+            shuffle = torch.randperm(args.batch_size, generator=g).to(x.device)
+            i, k = rows[i.to(x.device)], 1 if labels else 2
+            both = augment((x[i] / 255).repeat(k, 1, 1, 1), u[:k].flatten(0, 1), **views)
+            if labels:
+                loss = F.cross_entropy(model(both), y[i])
+            else:
+                loss, keys = model(*both.chunk(2), shuffle)  # Eq. 1
+            rate = (3e-3 if labels else args.lr) * min(1, step / max(1, args.warmup * steps))
+            optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad(); loss.backward()  # fmt: skip
+            now = loss.new_tensor([loss.item(), len(stop)])  # all stop at one step
+            grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+            for t in (now, *grads) if world > 1 else ():  # their means over the processes
+                dist.all_reduce(t.div_(world))
+            (loss, stopped), norm = now.tolist(), nn.utils.get_total_norm(grads).item()
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(f"{name}: loss {loss}, gradient {norm} at step {step}")
+            optimizer.step()
+            if not labels:
+                model.update_key_encoder()  # Eq. 2
+                model.enqueue(keys)  # and dequeue: the oldest are overwritten
+            if stopped or step % args.log_every == 0 or step == steps:
+                state["done"][name], ms = step, (time.time() - t0) / (step - first) * 1e3
+                state["history"].append((name, step, loss))
+                state["models"][name] = model.state_dict()
+                state["optimizers"][name] = optimizer.state_dict()
+                state |= {"script": "moco", "args": vars(args), "step": state["done"]["MoCo"]}
+                if rank == 0:
+                    row = f"step {step:5d}/{steps} | {name} loss {loss:.4f}"
+                    row += "" if labels else f" ({math.log(model.queue.shape[1] + 1):.2f})"
+                    tqdm.write(f"{row} | {ms:.0f} ms/step")
+                    if args.save:  # beside its place, then moved there: a crash leaves the old one
+                        torch.save(state, args.save + ".tmp")
+                        os.replace(args.save + ".tmp", args.save)
+            if stopped:
+                return state
+    return state
 
 
 def grey_centred(x: Tensor) -> Tensor:
@@ -448,45 +384,19 @@ def grey_centred(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-def labelled(x: Tensor, n: int, seed: int) -> Tensor:
-    """The rows of x whose labels may be seen: n of them, drawn by seed."""
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    return rows[:n].to(x.device)
-
-
 @torch.no_grad()
-def features(encoder, x: Tensor):
-    """Images uint8 (N, H, W, 3) -> what encoder(x) says of x (B, 3, H, W) in [0, 1], as numpy."""
-    return torch.cat([encoder(to_float(part)).flatten(1) for part in x.split(256)]).cpu().numpy()
-
-
-def evaluate(encoders: dict, data, few: int = 1000, seed: int = 0) -> dict:
-    """encoders by name -> accuracies (k-NN few, linear few, k-NN all, linear all) on the test part.
-
-    few: how many training images have labels, drawn by seed. An encoder is a function of images, or
-    a dict of them by number of labels (for a network that was trained with them). Its features
-    stay as they are; linear: logistic regression on them, standardised; k-NN: cosine, k = 5.
-    """
+def evaluate(encoder, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> tuple[float, float]:
+    """Test accuracies of k-NN (cosine, k = 5) and of logistic regression (standardised) on frozen
+    features, what encoder says of images (B, 3, H, W) in [0, 1]. x uint8 (N, 3, H, W), y (N,)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    (x, y, x_test, y_test), table = data, {}
-    for name, encoder in encoders.items():
-        table[name] = ()
-        for n in (min(few, len(x)), len(x)):
-            f = encoder[n] if isinstance(encoder, dict) else encoder
-            rows = labelled(x, n, seed)
-            (a, b), (t, t_test) = (
-                (features(f, part) for part in (x[rows], x_test)),
-                (y[rows], y_test),
-            )
-            mean, sd = a.mean(0), a.std(0) + 1e-6
-            for model, p, q in (
-                (KNeighborsClassifier(min(5, n), metric="cosine"), a, b),
-                (LogisticRegression(max_iter=100), (a - mean) / sd, (b - mean) / sd),
-            ):
-                table[name] += (model.fit(p, t.cpu()).score(q, t_test.cpu()),)
-    return table
+    a, b = ([encoder(part / 255).flatten(1) for part in t.split(256)] for t in (x, x_test))
+    a, b, y, y_test = (t.cpu().numpy() for t in (torch.cat(a), torch.cat(b), y, y_test))
+    knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y)
+    mean, sd = a.mean(0), a.std(0) + 1e-6
+    linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
+    return knn.score(b, y_test), linear.score((b - mean) / sd, y_test)
 
 
 @torch.no_grad()
@@ -495,39 +405,34 @@ def draw_picture(args, runs, history, data, table):
     from matplotlib.figure import Figure  # without pyplot no window is opened
     from sklearn.manifold import TSNE
 
-    x, _, x_test, y_test = data
+    (x, _, x_test, y_test), g = data, torch.Generator().manual_seed(args.seed)
+    image = x[torch.randperm(len(x), generator=g)[:17].to(x.device)] / 255
+    u = torch.rand(2, len(image), 16, generator=g)
+    pair = [augment(image, numbers, **runs["MoCo"].views) for numbers in u]
     fig = Figure(figsize=(15, 7.5), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.5])
-    g, views = torch.Generator().manual_seed(args.seed), {n: getattr(args, n) for n in VIEWS}
-    image = to_float(x[torch.randperm(len(x), generator=g)[:14].to(x.device)])
-    pair = [augment(image, torch.rand(len(image), 16, generator=g), **views) for _ in range(2)]
-    for j, axis in enumerate(top.subplots(3, 14).T.flat):
-        axis.imshow([image, *pair][j % 3][j // 3].permute(1, 2, 0).cpu())
-        axis.set(xticks=[], yticks=[], ylabel=("image", "query", "key")[j] if j < 3 else "")
-    a, b, c = bottom.subplots(1, 3, width_ratios=[1.3, 1, 1.1])
-    for i, (name, run) in enumerate((n, r) for n, r in runs.items() if not r.labels):
-        K = run.model.queue.shape[1]
+    axes = fig.subplot_mosaic("vvv;lhp", height_ratios=[1, 1.5], width_ratios=[1.3, 1, 1.1])
+    strip = torch.stack([image, *pair]).permute(0, 3, 1, 4, 2)  # (3, H, n, W, 3)
+    axes["v"].imshow(strip.flatten(2, 3).flatten(0, 1).cpu())
+    axes["v"].set(title="images, above query and key of each", xticks=[], yticks=[])
+    for i, name in enumerate(dict.fromkeys(n for n, *_ in history if not runs[n].labels)):
+        m, K = runs[name].model.m, runs[name].model.queue.shape[1]
         rows = [(step, loss) for n, step, loss in history if n == name]
-        a.plot(*zip(*rows), f"C{i}.-", label=f"{name} (m {run.model.m}, K {K})")
-        a.axhline(math.log(K + 1), color=f"C{i}", ls=":")
-    a.set(title="loss; dotted: ln(K + 1), chance", xlabel="step", ylim=(0, None))
-    a.legend()
-    model = runs["MoCo"].model.encoder_q
-    h = torch.tensor(features(model.features, x_test[:900]))
-    place = TSNE(perplexity=min(30, len(h) / 4), random_state=0).fit_transform(
-        F.normalize(h, dim=1)
-    )
-    b.scatter(*place.T, c=y_test[: len(h)].cpu(), cmap="tab10", s=6)
-    b.set(title="features of unseen images (t-SNE), by class", xticks=[], yticks=[])
-    bars = c.barh(list(table), [row[1] for row in table.values()], color="tab:blue")
-    c.bar_label(bars, fmt="%.2f")
-    c.invert_yaxis()
-    c.set(title=f"linear probe, {args.few} labels", xlim=(0, 1.1))
+        axes["l"].plot(*zip(*rows), f"C{i}.-", label=f"{name} (m {m}, K {K})")
+        axes["l"].axhline(math.log(K + 1), color=f"C{i}", ls=":")
+    axes["l"].set(title="loss; dotted: ln(K + 1), chance", xlabel="step", ylim=(0, None))
+    axes["l"].legend()
+    h = F.normalize(runs["MoCo"].model.encoder_q.features(x_test[:900] / 255), dim=1).cpu()
+    place = TSNE(perplexity=min(30, len(h) / 4), random_state=0).fit_transform(h)
+    axes["h"].scatter(*place.T, c=y_test[: len(h)].cpu(), cmap="tab10", s=6)
+    axes["h"].set(title="features of unseen images (t-SNE), by class", xticks=[], yticks=[])
+    bars = axes["p"].barh(list(table), [row[1] for row in table.values()], color="tab:blue")
+    axes["p"].bar_label(bars, fmt="%.2f")
+    axes["p"].invert_yaxis()
+    axes["p"].set(title=f"linear probe, {args.few} labels", xlim=(0, 1.1))
     fig.savefig(os.path.join(args.out, "moco.png"), dpi=80)
 
 
-# ---- 8. Command line ----
-
+QUICK = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 16, "queue": 40}  # --quick
 DEFAULTS = {  # on digits, on an npz, least, most, meaning and the paper's value
     "seed": (0, 0, 0, 10**8, "of weights, batches, views, labels"),
     "log_every": (100, 200, 1, math.inf, "steps between log lines"),
@@ -563,7 +468,7 @@ def parse(argv):
     for name, (value, npz, _, _, text) in DEFAULTS.items():
         text = f"default {value}, npz {npz}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(value), help=text)
-    flag("--encoder", choices=list(ENCODERS), help="default small, npz resnet18 (paper: resnet50)")
+    flag("--encoder", choices=ENCODERS, help="default small, npz resnet18 (paper: resnet50)")
     flag("--head", choices=["linear", "mlp"], help="default mlp, of v2 (paper: linear)")
     flag("--optimizer", choices=["adamw", "sgd"], help="default sgd (paper: sgd)")
     flag("--validate", action="store_true", help="judge on the last tenth of the training images")
@@ -572,100 +477,93 @@ def parse(argv):
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate, or to go on with (more --steps)")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
-    flag("--target", type=float, help="exit 1 if the linear probe with few labels is below this")
+    flag("--target", type=float, default=0, help="exit 1 if the linear probe (few labels) is lower")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda" and world > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=args.device)
         if args.load:
-            ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
+            ckpt = torch.load(args.load, map_location=args.device, weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script") != "moco":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        own, npz = ckpt.get("args", {}), (args.data or "").endswith(".npz")
-        npz = npz or not args.data and own.get("data", "digits") != "digits"
-        quick = (
-            {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 16, "queue": 40}
-            if args.quick
-            else {}
-        )
-        default = {name: value[npz] for name, value in DEFAULTS.items()} | quick
-        default |= {"data": "digits", "encoder": "resnet18" if npz else "small"}
-        default |= {"optimizer": "sgd", "head": "mlp"}
-        for name, value in default.items():
+        own = (QUICK if args.quick else {}) | ckpt.get("args", {})
+        args.data = args.data or own.get("data", "digits")
+        npz = args.data != "digits"
+        args.encoder = args.encoder or own.get("encoder", ("small", "resnet18")[npz])
+        args.optimizer = args.optimizer or own.get("optimizer", "sgd")
+        args.head = args.head or own.get("head", "mlp")
+        for name, (*values, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
-                setattr(args, name, own.get(name, value))
-        for name, (_, _, low, high, _) in DEFAULTS.items():
+                setattr(args, name, own.get(name, values[npz]))
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         x, y, x_test, y_test = load_data(args.data)
         n = len(x) * 9 // 10
         data = [x[:n], y[:n], *((x[n:], y[n:]) if args.validate else (x_test, y_test))]
-        data = [t[: 300 if args.quick else None] for t in data]
+        data = [t[: 300 if args.quick else None].to(args.device) for t in data]
         args.images, args.few = len(data[0]), min(args.few, len(data[0]))
-        parts = world * args.groups
-        if args.batch_size > args.images or args.batch_size % parts or args.batch_size < 2 * parts:
-            raise ValueError(
-                f"--batch-size: at most {args.images}, a multiple of {parts}, not {parts}"
-            )
+        parts, size = world * args.groups, args.batch_size
+        if size > args.images or size % parts or size < 2 * parts:
+            raise ValueError(f"--batch-size: {parts} times 2 or more, at most {args.images}")
+        if args.optimizer != own.get("optimizer", args.optimizer):
+            raise ValueError(f"{args.load} was trained with --optimizer {own['optimizer']}")
         runs = build(args, int(y.max()) + 1)
-        for name, run in runs.items() if own else ():
-            run.model.load_state_dict(ckpt["models"][name])
-            run.optimizer.load_state_dict(ckpt["optimizers"][name])
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
+        for part in ("model", "optimizer"):
+            for name, weights in ckpt.get(part + "s", {}).items():
+                getattr(runs[name], part).load_state_dict(weights)
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save and args.save + ".tmp", args.out + "/moco.png")):
-            open(path, "ab").close()  # fails now, not after the training
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, ckpt, [t.to(args.device) for t in data], runs
+    return args, ckpt, data, runs
 
 
 def main(argv=None) -> int:
     args, ckpt, data, runs = parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    t0, rank = time.time(), rank_and_world()[0]
-    count = sum(p.numel() for p in runs["MoCo"].model.encoder_q.parameters()) / 1e6
+    t0, rank, model, stop = time.time(), rank_and_world()[0], runs["MoCo"].model.encoder_q, []
     if rank == 0:
+        count = sum(p.numel() for p in model.parameters()) / 1e6
         kind = f"{args.data} {args.images}/{len(data[2])}"
         print(f"moco | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:
-        state = ckpt.get("done", {}), ckpt.get("history", [])
-        done, history, stopped = train(runs, data[:2], args, *state)
+        state = train(runs, data[:2], args, ckpt, stop)
     except FloatingPointError as error:
         print(f"moco.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank:
         return 0
-    nets = {name: run.model if run.labels else run.model.encoder_q for name, run in runs.items()}
-    nets["start"] = build(args, 1)["MoCo"].model.encoder_q
-    nets = {name: net.eval().features for name, net in nets.items()}
-    encoders = {"raw pixels": lambda x: x, "grey centred": grey_centred}
-    encoders["random network"] = nets["start"]
-    if args.label_steps:
-        kinds = {args.few: nets["few labels"], args.images: nets["all labels"]}
-        encoders["labels alone"] = kinds
-    short = ("m = 0", "small K", "large K") if args.short else ()
-    encoders |= {f"{name}, {args.short} steps": nets[name] for name in short}
-    encoders["MoCo"] = nets["MoCo"]
-    table = evaluate(encoders, data, args.few, args.seed)
+    nets = {k: run.model if run.labels else run.model.encoder_q for k, run in runs.items()}
+    nets, table = {name: net.eval().features for name, net in nets.items()}, {}
+    for k in ("few labels", "all labels"):
+        encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
+        encoders["random network"] = nets["random network"]
+        encoders |= {"labels alone": nets[k]} if args.label_steps else {}
+        short = ("m = 0", "small K", "large K") if args.short else ()
+        encoders |= {f"{name}, {args.short} steps": nets[name] for name in short}
+        encoders["MoCo"] = nets["MoCo"]
+        for name, encoder in encoders.items():
+            accs = evaluate(encoder, *(t[runs[k].rows] for t in data[:2]), *data[2:])
+            table[name] = table.get(name, ()) + accs
     few, every = f"{args.few} labels", f"{args.images} labels"
     print(f"{'test accuracy':26} k-NN {few:>12} {every:>12} | linear {few:>12} {every:>12}")
     for name, (knn, linear, knn_all, linear_all) in table.items():
         print(f"{name:26} {knn:17.4f} {knn_all:12.4f} | {linear:19.4f} {linear_all:12.4f}")
-    draw_picture(args, runs, history, data, table)
+    draw_picture(args, runs, state["history"], data, table)
     parts = [f"{name} {row[1]:.4f}" for name, row in table.items() if "steps" not in name][::-1]
     print(f"test acc linear {few} {' | '.join(parts)} | {time.time() - t0:.0f} s")
-    missed = args.target is not None and table["MoCo"][1] < args.target
-    return 130 if stopped else int(missed)
+    return 130 if stop else int(table["MoCo"][1] < args.target)
 
 
 if __name__ == "__main__":
