@@ -36,9 +36,8 @@ Expect   Held-out digits, seeds 0-2, 64 videos of each kind. identity: share of 
            4 frames given: reconstruction guidance .942 +- .014, seam .99 +- .03, miss .26 +- .01 |
            replacement .770 +- .035, 1.23 +- .06, .77 +- .06 | real seam .88, samples' miss 2.34
          So motion and labelled digits are nearly real; without a label a third of the pairs drift.
-         w = 2 and w_r = 12 (of 0, 2, 5, 12, 25) were chosen on training digits, with seed 0; the
-         steps were doubled after test figures with 2,000 (.504, .944, .877; replacement .558).
-         Paper, other data: FVD 136 with guidance, 451 with replacement.
+         w = 2 and w_r = 12 were chosen on training digits; the steps were doubled after test
+         figures with 2,000 (.504, .944, .877). Paper: FVD 136 with guidance, 451 with replacement.
 """
 
 import argparse
@@ -123,7 +122,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3 * self.heads, -1)).transpose(-2, -3)
         q, k, v = qkv.flatten(0, -4).chunk(3, 1)  # (batch, heads, N, C / heads)
-        i, bias = torch.arange(x.shape[-2], device=x.device), None
+        i, bias = torch.arange(x.shape[-2], device=x.device), mask
         if self.D:
             bias = self.bias[:, (i - i[:, None]).clamp(-self.D, self.D) + self.D]  # (heads, N, N)
             bias = bias if mask is None else bias.masked_fill(~mask, -math.inf)
@@ -307,10 +306,9 @@ def load_videos(path: str):
     if path == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
         order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-        x, y = torch.tensor(digits.images).float()[order], torch.tensor(digits.target)[order]
-        x = F.interpolate(x[:, None], size=12, mode="bilinear")[:, 0]
+        x, y = (torch.tensor(a)[order] for a in load_digits(return_X_y=True))
+        x = F.interpolate(x.float().view(-1, 1, 8, 8), size=12, mode="bilinear")[:, 0]
         return (x[:1200], y[:1200], 17), (x[1200:], y[1200:], 17)
     with np.load(path, allow_pickle=False) as file:
         x = file["x_train"]
@@ -329,7 +327,7 @@ def bounce(digits: Tensor, T: int, phase: Tensor, side: int = 16) -> Tensor:
     (n, T, 1, side, side). phase (n, 2): where on these ways, 2 (side - h) long, they start."""
     (n, h), room = digits.shape[:2], side - digits.shape[1]
     at = (phase[:, None] + torch.arange(T)[:, None]) % (2 * room)  # (n, T, 2)
-    at = torch.where(at > room, 2 * room - at, at)[..., None] + torch.arange(h)
+    at = torch.where(at > room, 2 * room - at, at)[..., None] + torch.arange(h)  # (n, T, 2, h)
     i, t = torch.arange(n).view(n, 1, 1, 1), torch.arange(T).view(T, 1, 1)
     videos = torch.zeros(n, T, side, side)
     videos[i, t, at[:, :, 0, :, None], at[:, :, 1, None]] = digits[:, None].float()
@@ -355,9 +353,9 @@ def train(model, ema, optimizer, data, args, state) -> bool:
     """Trains on batches that are functions of (seed, step). Returns whether Ctrl-C ended it."""
     from tqdm import tqdm
 
-    (B, K, T), first, stop = (args.batch_size, args.images, args.frames), state["step"], []
-    t0 = time.time()
+    (B, K, T), first = (args.batch_size, args.images, args.frames), state["step"]
     often = torch.tensor([T] + [1] * K)  # a video's frames share t and label, an image has its own
+    stop, t0 = [], time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     try:
         for step in tqdm(range(first + 1, args.steps + 1), disable=None):
@@ -369,9 +367,9 @@ def train(model, ema, optimizer, data, args, state) -> bool:
             lam, y = (v.repeat_interleave(often, 1).to(args.device) for v in (log_snr(t), y))
             noise = torch.randn(x.shape, generator=g).to(args.device)
             loss = loss_v(model, x, lam, noise, y, K)  # Eq. 2
-            optimizer.zero_grad(); loss.backward()  # fmt: skip
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+            optimizer.zero_grad(); loss.backward()  # fmt: skip
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             part = step / args.steps  # warm-up, then half a cosine
             rate = min(1.0, part / 0.02) * (1 + math.cos(math.pi * part)) / 2
@@ -423,8 +421,7 @@ def centre(videos: Tensor) -> Tensor:
     ink = (videos.mean(2) + 1) / 2
     ink = ink * (ink > 0.1) + 1e-8
     rows, columns = (torch.arange(n).float() for n in ink.shape[2:])
-    moments = ink.sum(3) @ rows, ink.sum(2) @ columns
-    return torch.stack(moments, 2) / ink.sum((2, 3))[..., None]
+    return torch.stack([ink.sum(3) @ rows, ink.sum(2) @ columns], 2) / ink.sum((2, 3))[..., None]
 
 
 def measure(videos: Tensor, real: Tensor, labels: Tensor, classify) -> dict[str, float]:
@@ -445,21 +442,19 @@ def draw_pictures(folder: str, rows: dict[str, Tensor], given: int) -> None:
     from matplotlib.figure import Figure
 
     fig, n = Figure(figsize=(12, 6.6), layout="constrained"), rows["real"].shape[1]
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
 
     def show(t):  # all frames in a row (t = n), or the t-th of each video
         fig.clear()
-        axes = list(fig.subplots(2, 3).flat)
-        for axis in axes:
-            axis.axis("off")
-        for axis, (name, x) in zip(axes, rows.items()):
+        for axis, (name, x) in zip(fig.subplots(2, 3, subplot_kw=bare).flat, rows.items()):
             x = x[:6] if t == n else x[:6, t].unflatten(0, (2, 3))  # (rows, columns, C, H, W)
             x = F.pad((x + 1) / 2, (1, 0, 1, 0), value=0.4).permute(0, 3, 1, 4, 2)
             axis.imshow(x.flatten(0, 1).flatten(1, 2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(name)
             if name in ("replacement", "reconstruction guidance"):
-                axis.set_title(f"{name}, {given} of {n} frames given")
+                name += f", {given} of {n} frames given"
                 right = given * x.shape[3] if t == n else (t < given) * 3 * x.shape[3]
                 axis.axvspan(0, right, fill=False, edgecolor="orange", linewidth=4)
+            axis.set_title(name)
 
     show(n)
     fig.savefig(os.path.join(folder, "video_diffusion.png"), dpi=90)
@@ -478,10 +473,10 @@ DEFAULTS = {  # default, --quick, least, most, meaning
     "mults": ("1 2", "1 2", "", "~", "their multiple at each level"),
     "patch": (2, 2, 1, 10**3, "side of the squares of pixels that enter as channels (paper: 1)"),
     "lr": (2e-3, 2e-3, 1e-12, 10, "peak rate; warm-up, then a cosine"),
+    "seed": (0, 0, 0, 10**8, "of weights, batches and samples"),
     "w": (2.0, 2.0, 0, 100, "guidance weight, Eq. 6"),
     "w_r": (12.0, 12.0, 0, 10**4, "weight of reconstruction guidance, Eq. 7"),
     "sampling": (40, 2, 1, 10**6, "steps of the sampler"),
-    "seed": (0, 0, 0, 10**8, "of weights, batches and samples"),
     "log_every": (250, 2, 1, math.inf, "steps between log lines"),
 }
 
@@ -505,39 +500,33 @@ def parse(argv):
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(ckpt, dict) or ckpt.get("script") != "video_diffusion":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-        known = {k: v[args.quick] for k, v in DEFAULTS.items()} | {"data": "digits"}
-        new = "w", "w_r", "sampling", "log_every"  # the rest is the checkpoint's
-        known |= {k: ckpt["args"][k] for k in known if ckpt and k not in new}
-        known["steps"] = ckpt.get("step", known["steps"])
-        vars(args).update({k: v for k, v in known.items() if getattr(args, k) is None})
-        data, test = load_videos(args.data)
-        shape = [1, 16, 16] if args.data == "digits" else list(data[0].shape[2:])
-        state = {"step": 0, "history": [], "shape": shape, "classes": int(data[1].max()) + 1}
-        state |= {k: v for k, v in ckpt.items() if k in ("step", "history")}
+        own = ckpt["args"] | {"steps": ckpt["step"]} if ckpt else {}
+        args.data = args.data or own.get("data", "digits")
+        for name, (*values, least, most, _) in DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, own.get(name, values[args.quick]))
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be in {least}..{most}")
+        data = load_videos(args.data)
+        (x, y, _), digits = data[0], args.data == "digits"
+        shape, T = ([1, 16, 16], math.inf) if digits else ([*x.shape[2:]], x.shape[1])
+        classes, mults = int(y.max()) + 1, tuple(map(int, args.mults.split()))
+        state, pixels = {"shape": shape, "classes": classes}, shape[1] * shape[2] / args.patch**2
+        if any(ckpt.get(k, state[k]) != state[k] for k in state):
+            raise ValueError(f"{args.load} is for other videos or classes than the data")
+        state |= {k: ckpt.get(k, new) for k, new in (("step", 0), ("history", []))}
         torch.manual_seed(args.seed)
-        mults, length = tuple(map(int, args.mults.split())), data[0].shape[1]
-        how = {"max_distance": args.frames, "patch": args.patch, "num_classes": state["classes"]}
-        low = sum(shape[1] * shape[2] > (16 * args.patch * 2**i) ** 2 for i in range(len(mults)))
-        model = UNet3D(shape[0], args.dim, mults, low, 2, **how)  # attention at 256 pixels or less
-        for wrong, text in (
-            *((not v[2] <= getattr(args, k) <= v[3], f"--{k} must be in {v[2]}..{v[3]}")
-              for k, v in DEFAULTS.items()),
-            (args.batch_size > len(data[0]), "--batch-size is more than the videos there are"),
-            (args.data != "digits" and args.frames > length, f"--frames: not over {length}"),
-            (any(n % model.stride for n in shape[1:]), f"sides must divide by {model.stride}"),
-            (ckpt and any(ckpt[k] != state[k] for k in ("shape", "classes")),
-             f"{args.load} is for other videos or classes than the data"),
-            (args.save and os.path.isdir(args.save), f"--save {args.save} is a folder"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(text)
+        low = sum(pixels > 256 * 4**i for i in range(len(mults)))  # attention at 256 pixels or less
+        model = UNet3D(shape[0], args.dim, mults, low, 2, args.frames, args.patch, classes)
+        if args.batch_size > len(x) or args.frames > T or any(n % model.stride for n in shape[1:]):
+            raise ValueError(f"--batch-size: no more than the videos, {len(x)}; --frames: not over "
+                             f"{T}; sides {shape[1:]} must divide by {model.stride}")  # fmt: skip
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK):  # fails now, not after the training
-                raise ValueError(f"cannot write to the folder {folder}")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):  # now, not at the end
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to {folder}, or --save {args.save} is a folder")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         ema = copy.deepcopy(model.to(args.device)).requires_grad_(False)
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
@@ -545,7 +534,7 @@ def parse(argv):
                 part.load_state_dict(ckpt[name])
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, data, test, model, ema, optimizer, state
+    return args, *data, model, ema, optimizer, state
 
 
 def main(argv=None) -> int:
@@ -563,23 +552,23 @@ def main(argv=None) -> int:
     n, given, g = 64 if digits and not args.quick else 10, T // 2, torch.Generator().manual_seed(1)
     (real, y), (x, _) = draw(test, n, T, g), draw(data, 1000 if digits else n, T, g)
     lam, noise = log_snr((torch.arange(n) + 0.5) / n), torch.randn(real.shape, generator=g)
-    here = [v.to(args.device) for v in (real, lam, noise, y)]
+    batch = [v.to(args.device) for v in (real, lam, noise, y)]
     gauss = functools.partial(pixel_gaussian, x.to(args.device))
     with torch.no_grad():  # all t, evenly spaced, each on a video of its own
-        losses = [loss_v(net, *here).item() for net in (ema, gauss)]
-
-    def generate(**how):
-        how |= {"generator": torch.Generator().manual_seed(args.seed), "device": args.device}
-        return sample(ema, real.shape, args.sampling, **how).cpu().clamp(-1, 1)
-
-    rows = {"real": real, "independent frames": generate(num_images=T), "samples": generate()}
-    if state["classes"]:
-        rows["samples by label"] = generate(y=here[3], w=args.w)
-    rows["replacement"] = generate(x_a=here[0][:, :given])
-    rows["reconstruction guidance"] = generate(x_a=here[0][:, :given], w_r=args.w_r)
+        losses = [loss_v(net, *batch).item() for net in (ema, gauss)]
+    rows, half = {"real": real}, {"x_a": batch[0][:, :given]}
+    for name, how in {
+        "independent frames": {"num_images": T}, "samples": {},
+        "samples by label": {"y": batch[3], "w": args.w},
+        "replacement": half, "reconstruction guidance": half | {"w_r": args.w_r},
+    }.items():  # fmt: skip
+        if state["classes"] or name != "samples by label":
+            g = torch.Generator().manual_seed(args.seed)
+            x = sample(ema, real.shape, args.sampling, generator=g, device=args.device, **how)
+            rows[name] = x.cpu().clamp(-1, 1)
     draw_pictures(args.out, rows, given)
-    rows["last frame given, repeated"] = real.clone()
-    rows["last frame given, repeated"][:, given:] = real[:, given - 1 : given]
+    last = real[:, given - 1 : given].expand_as(real[:, given:])
+    rows["last frame given, repeated"] = torch.cat([real[:, :given], last], 1)
     line, identity = "held-out loss {:.4f} | pixelwise Gaussian {:.4f}".format(*losses), {}
     if digits:
         print(line, flush=True)

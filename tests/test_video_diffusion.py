@@ -198,9 +198,10 @@ def test_mask_is_the_papers():
 # ---- joint training: no leak ----
 
 
-def test_video_and_images_do_not_see_each_other():
+@pytest.mark.parametrize("max_distance", [3, 0])  # 0: no bias, the mask stays
+def test_video_and_images_do_not_see_each_other(max_distance):
     """Outputs: of the video without the images, of the images alone and in another order."""
-    model, z, K = network(), rand(2, 7, 1, 4, 4, dtype=torch.float64), 3
+    model, z, K = network(max_distance=max_distance), rand(2, 7, 1, 4, 4, dtype=torch.float64), 3
     lam, y = rand(2, 7, seed=1, dtype=torch.float64), torch.tensor([[0] * 4 + [1, 2, -1]] * 2)
     out = model(z, lam, y, K)
     assert torch.allclose(out[:, :4], model(z[:, :4], lam[:, :4], y[:, :4]), atol=1e-12)
