@@ -2,12 +2,10 @@
 
 Paper    Generative Adversarial Networks -- Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley,
          Ozair, Courville, Bengio, June 2014, arXiv:1406.2661v1
-Idea     The likelihood of a network that turns noise z into an image x is out of reach, so nobody
-         can climb it. Let a second network D judge instead: D learns to tell data from G(z), and G
-         follows D's gradient. If D is always at its best, G descends the distance between p_g and
-         the data (Jensen-Shannon), and where that is 0, D can only say 1/2.
-Figure
-         noise z (B, z_dim) ~ N(0, 1)
+Idea     The likelihood of a network that turns noise z into an image is out of reach. So let a
+         second network D judge: D learns to tell data from G(z), and G follows D's gradient. With D
+         at its best, G descends the Jensen-Shannon divergence; once it is 0, D can only say 1/2.
+Figure   noise z (B, z_dim) ~ N(0, 1)
               |  G: perceptron or DCGAN
          G(z) (B, C, H, W) in (-1, 1)          data x (B, C, H, W) in [-1, 1]
               +---------------+----------------------+
@@ -24,8 +22,7 @@ Differs  Leaky ReLU for maxout in D, no dropout; tanh and data in [-1, 1]; Adam 
          G's default loss is Section 3's -log D and not Algorithm 1's; the pair named "GAN" adds two
          later finds, R1 and an average of G. "Algorithm 1" has neither and saturates. DCGAN's pair
          keeps torch's initialisation (its paper: std .02) and, for R1, no batch norm in D.
-         The demo's data are 8x8 digits. Parzen's sigma is chosen on the last training images, which
-         the paper holds out; its score rests on 1,000 samples.
+         8x8 digits. Parzen: 1,000 samples, sigma chosen on the last sixth of the training images.
 Run      python gan.py                     # both pairs on 8x8 digits, about 2 minutes, one core
          python gan.py --data mnist.npz    # DCGAN pair, 28x28; not run to its end yet
          python gan.py --load gan.pt --samples 64   # out/gan_samples.npz, without data or training
@@ -40,9 +37,9 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -52,11 +49,9 @@ from torch import Tensor
 
 
 def append_label(x: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
-    """x (B, C, ...), y (B,) -> (B, C + num_classes, ...): all that a conditional GAN changes.
-
-    The label enters both players as a one-hot vector, in images as constant maps (Section 6;
-    Mirza & Osindero 2014). Raises ValueError where a label is missing or not expected.
-    """
+    """x (B, C, ...), y (B,) -> (B, C + num_classes, ...): all that a conditional GAN changes
+    (Section 6; Mirza & Osindero 2014). One-hot, in images as constant maps. A label that is missing
+    or not expected raises ValueError."""
     if (y is None) != (num_classes == 0):
         raise ValueError(f"num_classes={num_classes} {'needs' if y is None else 'takes no'} labels")
     if y is None:
@@ -125,19 +120,15 @@ class Discriminator(nn.Module):
 
 
 def value(a_real: Tensor, a_fake: Tensor) -> Tensor:
-    """V(D, G), Eq. 1, on D's logits for data and for samples: D climbs it. Nats, at most 0.
-
-    -log 4 = -1.386 if D always says 1/2, towards 0 if D is always right.
-    """
+    """V(D, G), Eq. 1, on D's logits (B,) for data and for samples, in nats: D climbs it, from
+    -log 4 = -1.386 if it always says 1/2, towards 0 if it is always right."""
     return -F.softplus(-a_real).mean() - F.softplus(a_fake).mean()
 
 
 def generator_loss(a_fake: Tensor, saturating: bool = False) -> Tensor:
-    """What G descends: -log D(G(z)) (Section 3), or log(1 - D(G(z))) as Algorithm 1 has it.
-
-    Both want the same, but where D is sure of a fake (a << 0) the slope in a of the second is
-    -D = 0, that of the first -(1 - D) = -1: early on, only the first still tells G where to go.
-    """
+    """What G descends: -log D(G(z)) (Section 3), or log(1 - D(G(z))) as Algorithm 1 has it. Where D
+    is sure of a fake (a << 0) the slope in a of the second is -D = 0, that of the first -(1 - D) =
+    -1: early on, only the first still tells G where to go."""
     return -F.softplus(a_fake).mean() if saturating else F.softplus(-a_fake).mean()
 
 
@@ -163,9 +154,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 def discriminator_step(G, D, opt, x, z, y=None, r1: float = 0.0) -> tuple[float, float, float]:
     """D climbs V on data x, noise z, labels y (Algorithm 1, inner loop; k times per step of G).
-
-    Returns V and the means of D(x) and D(G(z)), as they were before the step.
-    """
+    Returns V and the means of D(x) and D(G(z)), as they were before the step."""
     with torch.no_grad():  # G is held: else its gradient would pile up here, and cost as much again
         fake = G(z, y)
     x = x.detach().requires_grad_(r1 > 0)
@@ -186,10 +175,8 @@ def generator_step(G, D, opt, z, y=None, saturating: bool = False) -> float:
 
 
 def r1_penalty(a_real: Tensor, x: Tensor) -> Tensor:
-    """E |grad_x a(x)|^2 on data, times r1 / 2 in D's loss (Mescheder et al. 2018).
-
-    At the solution D is flat. Nothing in V says so, and without it the players circle around it.
-    """
+    """E |grad_x a(x)|^2 on data, times r1 / 2 in D's loss (Mescheder et al. 2018). At the solution
+    D is flat; nothing in V says so, and without it the players circle around it."""
     (grad,) = torch.autograd.grad(a_real.sum(), x, create_graph=True)
     return grad.square().flatten(1).sum(1).mean()
 
@@ -212,84 +199,75 @@ def sample(G: nn.Module, z: Tensor, y: Tensor | None = None) -> Tensor:
     return x / 2 + 0.5
 
 
-# ---- 4. Data ----
+# ---- 4. Data and training ----
 
 
 def load_data(path: str):
-    """-> x_train, y_train, x_test, y_test: uint8 (N, C, H, W), int64 (N,). path: a Keras-style npz.
-
-    "digits" is scikit-learn's: 8x8, 1,200 for training and 597 for testing.
-    """
-    import numpy as np
-
+    """-> x_train, y_train, x_test, y_test: uint8 (N, C, H, W), int64 (N,). path: a Keras-style npz,
+    or "digits", scikit-learn's: 8x8, 1,200 for training and 597 for testing."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(y))
-        x = (x * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)[order]
-        arrays = x[:1200], y[order][:1200], x[1200:], y[order][1200:]
+        x, y = (x * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)[order], y[order]
+        arrays = x[:1200], y[:1200], x[1200:], y[1200:]
     else:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"{a}_{b}"] for b in ("train", "test") for a in "xy"]
     for x, y in (arrays[:2], arrays[2:]):
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (3,)):
-            raise ValueError(f"{path}: images must be uint8, N x H x W or N x H x W x 3")
-        if x.shape[1:] != arrays[0].shape[1:] or len(x) != y.size or len(x) < 50:
-            raise ValueError(f"{path}: train and test need 50 images each, one size, a label each")
-        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() > 999:
-            raise ValueError(f"{path}: labels must be whole numbers from 0 to 999")
-    x0, y0, x1, y1 = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
-    x0, x1 = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous() for x in (x0, x1))
-    return x0, y0.flatten().long(), x1, y1.flatten().long()
+        fits = x.dtype == np.uint8 and x.ndim > 2 and x.shape[3:] in ((), (3,)) and x.size
+        if not fits or x.shape[1:] != arrays[0].shape[1:] or len(x) < 50:
+            raise ValueError(f"{path}: images must be uint8, N > 49 of (H, W) or (H, W, 3), alike")
+        if y.dtype.kind not in "iu" or y.size != len(x) or y.min() < 0 or y.max() > 999:
+            raise ValueError(f"{path}: labels must be whole numbers 0..999, one per image")
+    x, y, x_test, y_test = (torch.tensor(a) for a in arrays)
+    x, x_test = (t[:, None] if t.ndim == 3 else t.permute(0, 3, 1, 2) for t in (x, x_test))
+    return x.contiguous(), y.flatten().long(), x_test.contiguous(), y_test.flatten().long()
 
 
-# ---- 5. Training ----
-
-
-def train(nets, optimizers, draw, args, start=0, history=()):
-    """All pairs on the same batches -> last step, [(step, name, V, D(x), D(G(z)))], stopped."""
+def train(pairs, data, args, state) -> bool:
+    """All pairs on the same batches, functions of (seed, step). Returns whether Ctrl-C ended it."""
     from tqdm import tqdm
 
-    history, stop, step, t0 = list(history), [], start, time.time()
+    how = {"GAN": (args.r1, args.saturating, args.ema), "Algorithm 1": (0.0, True, 0.0)}
+    x, y, stop, t0, first = *(t.to(args.device) for t in data[:2]), [], time.time(), state["step"]
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(start + 1, args.steps + 1), disable=None):
-        *batches, (_, y_g, z_g) = draw(step)
-        for name, (G, D, average) in nets.items():
-            opt_G, opt_D = optimizers[name]
-            as_written = name == "Algorithm 1"
-            for group in opt_G.param_groups + opt_D.param_groups:
-                group["lr"] = args.lr * (1 - 0.9 * step / args.steps)
-            for x, y, z in batches:  # k steps of D, then one of G
-                game = discriminator_step(G, D, opt_D, x, z, y, 0.0 if as_written else args.r1)
-            loss = generator_step(G, D, opt_G, z_g, y_g, as_written or args.saturating)
-            update_average(average, G, 0.0 if as_written else args.ema)
+    for step in tqdm(range(first + 1, args.steps + 1), disable=None):
+        g, batches = torch.Generator().manual_seed(args.seed * 10**10 + step), []
+        for _ in range(args.k + 1):  # k for D, the last for G
+            i = torch.randint(len(x), (args.batch_size,), generator=g).to(x.device)
+            z = torch.randn(args.batch_size, args.z_dim, generator=g).to(x.device)
+            batches.append((x[i] / 127.5 - 1, z, y[i] if args.conditional else None))
+        for name, (G, D, average, opt_G, opt_D) in pairs.items():
+            r1, saturating, decay = how[name]
+            for opt in (opt_G, opt_D):
+                opt.param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.steps)
+            for batch in batches[:-1]:
+                game = discriminator_step(G, D, opt_D, *batch, r1)
+            loss = generator_step(G, D, opt_G, *batches[-1][1:], saturating)
+            update_average(average, G, decay)
             if not math.isfinite(game[0] + loss):
                 raise FloatingPointError(f"{name}: V {game[0]}, loss of G {loss} at step {step}")
-            history.append((step, name, *game))
+            state["history"].append((step, name, *game))
+        state["step"] = step
         if stop or step % args.log_every == 0 or step == args.steps:
-            line = f"step {step:5d}/{args.steps} | "
-            for _, name, v, real, fake in history[-len(nets) :]:
+            line, ms = f"step {step:5d}/{args.steps} | ", (time.time() - t0) / (step - first) * 1e3
+            for _, name, v, real, fake in state["history"][-len(pairs) :]:
                 line += f"{name} V {v:.2f} D(x) {real:.2f} D(G(z)) {fake:.2f} | "
-            tqdm.write(f"{line}{(time.time() - t0) / (step - start) * 1e3:.1f} ms/step")
-            if args.save:
-                save(args, nets, optimizers, step, history)
+            tqdm.write(f"{line}{ms:.1f} ms/step")
+            if args.save:  # beside its place, then moved there: a crash leaves the old one
+                file = {name: [p.state_dict() for p in parts] for name, parts in pairs.items()}
+                file |= {"script": "gan", "args": vars(args), **state}
+                torch.save(file, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
         if stop:
             break
     signal.signal(signal.SIGINT, before)
-    return step, history, bool(stop)
+    return bool(stop)
 
 
-def save(args, nets, optimizers, step, history):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    state = {"script": "gan", "args": vars(args), "step": step, "history": history}
-    for name in nets:
-        state[name] = [part.state_dict() for part in (*nets[name], *optimizers[name])]
-    torch.save(state, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 6. Judge (the same in every generator here; it sees labels, the model does not) ----
+# ---- 5. Judge (the same in every generator here; it sees labels, the model does not) ----
 
 
 def make_judge(train: Tensor, labels: Tensor, test: Tensor):
@@ -347,23 +325,20 @@ def gaussian_images(train: Tensor, labels: Tensor, n: int) -> Tensor:
 
 
 def parzen(samples: Tensor, valid: Tensor, test: Tensor) -> str:
-    """Table 1's score: log p of `test` under Gaussians around samples (n, ...) in [0, 1].
-
-    Nats per image, mean +- standard error; sigma is the one that suits `valid` best. The authors
-    call it high in variance and poor in many dimensions; it can rank samples above real images.
-    """
+    """Table 1's score: log p of `test` under Gaussians around samples (n, ...) in [0, 1]; nats per
+    image, mean +- standard error. sigma is the one that suits `valid` best. The authors call it
+    high in variance and poor in many dimensions; it can rank samples above real images."""
     samples, valid, test = (x.flatten(1).float().cpu() for x in (samples, valid, test))
 
     def log_p(x, sigma):
-        e = torch.cdist(x, samples).square() / (2 * sigma**2)
-        norm = samples.shape[1] * math.log(sigma * math.sqrt(2 * math.pi)) + math.log(len(samples))
-        return (-e).logsumexp(1) - norm
+        e, (n, D) = torch.cdist(x, samples).square() / (2 * sigma**2), samples.shape
+        return (-e).logsumexp(1) - D * math.log(sigma * math.sqrt(2 * math.pi)) - math.log(n)
 
     p = log_p(test, max((s / 50 for s in range(2, 26)), key=lambda s: log_p(valid, s).mean()))
     return f"{p.mean():.1f} +- {p.std() / math.sqrt(len(p)):.1f}"
 
 
-# ---- 7. Evaluation and picture ----
+# ---- 6. Evaluation and picture ----
 
 
 def noise(args, n: int, seed: int):
@@ -372,187 +347,165 @@ def noise(args, n: int, seed: int):
     return z, torch.arange(n, device=args.device) % args.classes if args.conditional else None
 
 
-def evaluate(nets, data, args):
-    """Prints every score -> {name: FD}, 1,000 samples of the pair "GAN"."""
+def evaluate(pairs, data, args):
+    """Prints every score -> {name: FD}, the samples of the pair "GAN"."""
     real, labels, test = data[0] / 255, data[1], data[2] / 255
     score, classify = make_judge(real, labels, test)
     z, y = noise(args, 200 if args.quick else 1000, args.seed)
-    samples = {name: sample(average, z, y).cpu() for name, (_, _, average) in nets.items()}
+    samples = {name: sample(average, z, y).cpu() for name, (_, _, average, *_) in pairs.items()}
     rows = samples | {"Gaussian per class": gaussian_images(real, labels, 1000)}
     rows |= {"one Gaussian": gaussian_images(real, 0 * labels, 1000), "floor (train)": real[:1000]}
-    scores = {name: score(x) for name, x in rows.items()}
-    print(f"{'':20}" + "".join(f"{key:>11}" for key in scores["GAN"]))
-    for name in rows:
-        print(f"{name:20}" + "".join(f"{v:11.2f}" for v in scores[name].values()))
+    for name, x in rows.items():
+        rows[name] = score(x)
+        print(f"{name:20s} | " + " | ".join(f"{k} {v:.2f}" for k, v in rows[name].items()))
     for name, x in samples.items():
         share = classify(x).bincount(minlength=args.classes) / len(x)
         print(f"{name}: share of each class " + " ".join(f"{s:.3f}" for s in share))
         if y is not None:
             print(f"{name}: label accuracy {(classify(x) == y.cpu()).float().mean():.3f}")
-    # a sixth of the training images chooses sigma; some of the others show how real ones score
-    held = min(1000, len(real) // 6)
+    held = min(1000, len(real) // 6)  # of the training images: they choose sigma, not p
     balls = samples | {"train images": real[:-held][: len(z)]}
     text = " | ".join(f"{name} {parzen(x, real[-held:], test)}" for name, x in balls.items())
     print(f"Parzen log-likelihood (Table 1; trust the FD instead) {text}")
-    return {name: s["FD"] for name, s in scores.items()}, samples["GAN"]
+    return {name: row["FD"] for name, row in rows.items()}, samples["GAN"]
 
 
-def tile(x: Tensor, columns: int):
-    """Images (n, C, H, W) in [0, 1] -> one array (H', W') or (H', W', 3), a white pixel between."""
-    x = F.pad(x.float().cpu(), (1, 0, 1, 0), value=1.0).unflatten(0, (-1, columns))
-    return x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
-
-
-def draw_picture(args, G, history, x, real):
-    """Samples over their nearest training images; paths through z; D over time."""
+def draw_picture(args, pairs, history, x, real):
+    """Samples x over their nearest training images; paths through z; D over time."""
     from matplotlib.figure import Figure  # without pyplot: needs no display
 
-    fig = Figure(figsize=(15, 5), layout="tight")
+    fig, x = Figure(figsize=(15, 5), layout="tight"), x[:40]
     a, b, c = fig.subplots(1, 3, width_ratios=[1, 1, 1.2])
-    near = [real[torch.cdist(r.flatten(1), real.flatten(1)).argmin(1)] for r in x[:40].split(10)]
-    pairs = torch.cat([torch.cat(rows) for rows in zip(x[:40].split(10), near)])
+    near = real[torch.cdist(x.flatten(1), real.flatten(1)).argmin(1)]
+    nearest = torch.stack([x, near]).unflatten(1, (-1, 10)).transpose(0, 1).flatten(0, 2)
     start, end = noise(args, 16, args.seed + 1)[0].view(2, 8, 1, -1)
     t = torch.linspace(0, math.pi / 2, 10, device=args.device)[:, None]
     # along an arc: the middle of a straight line is shorter than any z that G was trained on
     z = (start * t.cos() + end * t.sin()).flatten(0, 1)
-    y = torch.arange(80, device=args.device) // 10 % args.classes if args.conditional else None
-    for axis, images in ((a, pairs), (b, sample(G, z, y))):
-        axis.imshow(tile(images, 10), cmap="gray", vmin=0, vmax=1)
-        axis.axis("off")
+    y = torch.arange(80).to(z.device) // 10 % args.classes if args.conditional else None
     a.set_title("odd rows: samples; even rows: the\nnearest training images to those above")
     b.set_title("from one z (left) to another (right)")
-    for name, style in {"GAN": "-", "Algorithm 1": ":"}.items():
-        curve = torch.tensor([row[2:] for row in history if row[1] == name]).view(-1, 3)
+    for axis, images in (a, nearest), (b, sample(pairs["GAN"][2], z, y).cpu()):
+        tiles = F.pad(images, (1, 0, 1, 0), value=1.0).unflatten(0, (-1, 10))  # (8, 10, C, H, W)
+        tiles = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (8 H, 10 W, C)
+        axis.imshow(tiles.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.axis("off")
+    for name, style in zip(pairs, ("-", ":")):
+        curve = torch.tensor([row[3:] for row in history if row[1] == name])  # (steps, 2)
         width = -(-len(curve) // 100)  # means over 1/100 of the run: one batch says little
-        curve = [part.mean(0) for part in curve.split(width)] if width else []
+        curve = torch.stack([part.mean(0) for part in curve.split(width)])
         steps = [width * (i + 1) for i in range(len(curve))]
-        c.plot(steps, [p[1] for p in curve], style, color="C0", label=f"{name}: D(x)")
-        c.plot(steps, [p[2] for p in curve], style, color="C3", label=f"{name}: D(G(z))")
+        for i, what, color in ((0, "D(x)", "C0"), (1, "D(G(z))", "C3")):
+            c.plot(steps, curve[:, i], style, color=color, label=f"{name}: {what}")
     c.axhline(0.5, color="gray", lw=0.8)
     c.set(title="D over time: 1/2 on both once p_g is the data", xlabel="step", ylim=(0, 1))
     c.legend(ncol=2, fontsize=8)
     fig.savefig(os.path.join(args.out, "gan.png"), dpi=100)
 
 
-# ---- 8. Command line ----
+# ---- 7. Command line ----
+
+DEFAULTS = {  # for digits, for a file, least, most, meaning
+    "steps": (15_000, 8_000, 1, math.inf, "of G (paper: not stated)"),
+    "batch_size": (64, 64, 1, 10**6, "m (paper: not stated)"),
+    "lr": (1e-3, 5e-4, 1e-12, 10, "Adam's, falls to a tenth; mlp the first, dcgan the second"),
+    "k": (1, 1, 1, 10**4, "steps of D per step of G (paper: 1)"),
+    "r1": (1.0, 1.0, 0, 10**9, "weight of the R1 penalty (paper: 0)"),
+    "ema": (0.999, 0.999, 0, 1 - 1e-9, "decay of the average of G (paper: 0, none)"),
+    "saturating": (False, False, 0, 1, "G descends log(1 - D) (Algorithm 1: yes)"),
+    "conditional": (False, False, 0, 1, "both players see the labels"),
+    "seed": (0, 0, 0, 10**8, "of weights, batches and samples"),
+    "log_every": (1000, 1000, 1, math.inf, "steps between log lines"),
+}
 
 
 def parse(argv):
-    """-> args, data (None with --samples), nets, optimizers, step, history. Bad input exits 2."""
+    """-> args, data (None with --samples), pairs, state. Bad input: one line on stderr, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag, onoff = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    for name, (value, npz, *_, text) in DEFAULTS.items():
+        kind = onoff if value is False else {"type": type(value)}
+        flag(f"--{name.replace('_', '-')}", **kind, help=f"default {value}, npz {npz}: {text}")
     flag("--data", help="digits (default: scikit-learn's, 8x8) or a Keras-style npz file")
-    flag("--steps", type=int, help="default 15,000; 8,000 for files (paper: not stated)")
-    flag("--batch-size", type=int, help="m, default 64 (paper: not stated)")
-    flag("--lr", type=float, help="Adam, falls to a tenth, default 1e-3; 5e-4 with dcgan")
-    flag("--seed", type=int, help="default 0")
+    flag("--net", choices=["mlp", "dcgan"], help="default mlp, as in the paper; dcgan for files")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
     flag("--samples", type=int, help="with --load: only write this many samples; needs no data")
-    flag("--log-every", type=int, default=1000, help="steps between log lines, default 1000")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown by it")
     flag("--target", type=float, help="exit 1 if the FD is larger")
-    flag("--net", choices=["mlp", "dcgan"], help="default mlp, as in the paper; dcgan for files")
-    flag("--k", type=int, help="steps of D per step of G, default 1 (paper: 1)")
-    flag("--r1", type=float, help="weight of the R1 penalty, default 1 (paper: 0)")
-    flag("--ema", type=float, help="decay of the average of G, default 0.999 (paper: 0, none)")
-    flag("--saturating", **onoff, help="G descends log(1 - D), default no (Algorithm 1: yes)")
-    flag("--conditional", **onoff, help="both players see the labels, default no")
-    args, loaded, data = parser.parse_args(argv), {}, None
+    args, loaded, own, data, pairs = parser.parse_args(argv), {}, {}, None, {}
+    state = {"step": 0, "history": []}
     try:
-        default = {"data": "digits", "batch_size": 64, "seed": 0, "k": 1, "r1": 1.0, "ema": 0.999}
-        default |= {"batch_size": 32} if args.quick else {}
-        default |= {"saturating": False, "conditional": False, "net": None, "lr": None}
         if args.load:
             loaded = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(loaded, dict) or loaded.get("script") != "gan":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-            default = {n: loaded["args"][n] for n in default} | {"steps": loaded["step"]}
-        vars(args).update({n: v for n, v in default.items() if getattr(args, n) is None})
-        args.net = args.net or ("mlp" if args.data == "digits" else "dcgan")
-        args.lr = args.lr if args.lr is not None else 1e-3 if args.net == "mlp" else 5e-4
-        if args.steps is None:
-            args.steps = 8 if args.quick else 15000 if args.data == "digits" else 8000
-        if min(args.steps, args.batch_size, args.log_every, args.k, args.samples or 1) < 1:
-            raise ValueError("--steps, --batch-size, --log-every, --k and --samples must be > 0")
-        if not (args.lr > 0 and args.r1 >= 0 and 0 <= args.ema < 1 and args.seed >= 0):
-            raise ValueError("--lr must be > 0, --r1 and --seed >= 0, --ema in [0, 1)")
-        if args.samples and not loaded:
-            raise ValueError("--samples needs --load FILE")
-        if args.samples:
-            shape, args.classes = loaded["args"]["image_shape"], loaded["args"]["classes"]
-        else:
+            own, state = loaded["args"] | {"steps": loaded["step"]}, {k: loaded[k] for k in state}
+        args.data = args.data or own.get("data", "digits")
+        npz = args.data != "digits"
+        args.net = args.net or own.get("net", "dcgan" if npz else "mlp")
+        conv, quick = args.net == "dcgan", {"steps": 8, "batch_size": 32} if args.quick else {}
+        for name, (*values, low, high, _) in DEFAULTS.items():
+            value = quick.get(name, values[conv if name == "lr" else npz])
+            if getattr(args, name) is None:
+                setattr(args, name, own.get(name, value))
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+        args.image_shape, args.classes = own.get("image_shape"), own.get("classes")
+        if args.samples is None:
             data = load_data(args.data)
-            shape, args.classes = data[0].shape[1:], int(max(data[1].max(), data[3].max())) + 1
+            args.image_shape = tuple(data[0].shape[1:])
+            args.classes = int(max(data[1].max(), data[3].max())) + 1
             if args.batch_size > len(data[0]):
                 raise ValueError(f"--batch-size is more than the {len(data[0])} training images")
-        args.image_shape = tuple(shape)
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
-        nets, optimizers = build(args, loaded)
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
+        elif not loaded or args.samples < 1:
+            raise ValueError("--samples must be > 0 and needs --load FILE")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
+        torch.manual_seed(args.seed)
+        names = loaded or (["GAN"] if npz else ["GAN", "Algorithm 1"])
+        (args.z_dim, dim), labels = ((64, 32), (16, 128))[not conv], args.classes * args.conditional
+        for name in (n for n in names if n in ("GAN", "Algorithm 1")):
+            G = Generator(args.image_shape, args.z_dim, dim, labels, conv).to(args.device)
+            D = Discriminator(args.image_shape, dim, labels, conv).to(args.device)
+            # beta1 .5 and not .9: momentum carries a player on to where its rival was, in circles
+            adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
+            adam = [torch.optim.Adam(m.parameters(), **adam) for m in (G, D)]
+            pairs[name] = G, D, copy.deepcopy(G).requires_grad_(False), *adam
+            for part, weights in zip(pairs[name], loaded.get(name, [])):
+                part.load_state_dict(weights)
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            tempfile.TemporaryFile(dir=folder).close()  # fail now, not after the training
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    return args, data, nets, optimizers, loaded.get("step", 0), loaded.get("history", [])
-
-
-def build(args, loaded):
-    """-> {name: (G, D, average of G)}, {name: (G's optimizer, D's)}, from `loaded` if not empty."""
-    torch.manual_seed(args.seed)
-    conv, names = args.net == "dcgan", ["GAN", "Algorithm 1"]
-    names = [n for n in names if n in loaded] if loaded else names[: 1 + (args.data == "digits")]
-    args.z_dim, dim = (64, 32) if conv else (16, 128)
-    labels, nets, optimizers = args.classes * args.conditional, {}, {}
-    for name in names:
-        G = Generator(args.image_shape, args.z_dim, dim, labels, conv).to(args.device)
-        D = Discriminator(args.image_shape, dim, labels, conv).to(args.device)
-        nets[name] = G, D, copy.deepcopy(G).requires_grad_(False)
-        # beta1 .5 and not .9: momentum carries a player on to where its rival was, in circles
-        adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
-        optimizers[name] = [torch.optim.Adam(m.parameters(), **adam) for m in (G, D)]
-        for part, state in zip((*nets[name], *optimizers[name]), loaded.get(name, [])):
-            part.load_state_dict(state)
-    return nets, optimizers
+    return args, data, pairs, state
 
 
 def main(argv=None) -> int:
-    args, data, nets, optimizers, step, history = parse(argv)
-    count = sum(p.numel() for m in nets["GAN"][:2] for p in m.parameters()) / 1e6
-    kind = f"{args.data} {len(data[0])}/{len(data[2])}" if data else f"{args.load} step {step}"
+    args, data, pairs, state = parse(argv)
+    t0, stopped, (G, D, average, *_) = time.time(), False, pairs["GAN"]
+    count = sum(p.numel() for m in (G, D) for p in m.parameters()) / 1e6
+    sizes = f"{len(data[0])}/{len(data[2])}" if data else f"step {state['step']}"
+    kind = f"{args.data if data else args.load} {sizes}"
     print(f"gan | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True)
     if not data:
-        import numpy as np
-
         z, y = noise(args, args.samples, args.seed)
-        x = (sample(nets["GAN"][2], z, y) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
-        arrays = {"x": x.cpu().numpy()} | ({} if y is None else {"y": y.cpu().numpy()})
-        np.savez(os.path.join(args.out, "gan_samples.npz"), **arrays)
+        x = (sample(average, z, y) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
+        labels = {} if y is None else {"y": y.cpu()}
+        np.savez(os.path.join(args.out, "gan_samples.npz"), x=x.cpu(), **labels)
         return 0
-    t0, stopped, (x_train, y_train) = time.time(), False, (t.to(args.device) for t in data[:2])
-
-    def draw(step):
-        """k + 1 minibatches (x, y, z), the last for G: a function of (seed, step) alone."""
-        g, m = torch.Generator().manual_seed(args.seed * 10**10 + step), args.batch_size
-        for _ in range(args.k + 1):
-            i = torch.randint(len(x_train), (m,), generator=g).to(args.device)
-            z = torch.randn(m, args.z_dim, generator=g).to(args.device)
-            yield x_train[i] / 127.5 - 1, y_train[i] if args.conditional else None, z
-
     try:
-        if step < args.steps:
-            step, history, stopped = train(nets, optimizers, draw, args, step, history)
+        if state["step"] < args.steps:
+            stopped = train(pairs, data, args, state)
     except FloatingPointError as error:
         print(f"gan.py: {error}; stopped", file=sys.stderr)
         return 1
-    fd, x = evaluate(nets, data, args)
-    draw_picture(args, nets["GAN"][2], history, x, data[0] / 255)
+    fd, x = evaluate(pairs, data, args)
+    draw_picture(args, pairs, state["history"], x, data[0] / 255)
     line = " | ".join(f"{name} {v:.2f}" for name, v in fd.items())
     print(f"test FD {line} | {time.time() - t0:.0f} s")
     return 130 if stopped else int(args.target is not None and fd["GAN"] > args.target)
