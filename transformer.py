@@ -28,7 +28,7 @@ Differs  W_q to W_o have biases, as everywhere by now, and start as Glorot says;
          weights 50 steps apart, not 10 minutes, as it has to end in minutes.
          LanguageModel and Classifier are later uses of the layers; the paper has neither.
 Run      python transformer.py                         # dates to ISO, about 3 minutes on one core
-         python transformer.py --data pairs.tsv        # lines of source TAB target: any languages
+         python transformer.py --data pairs.tsv        # source TAB target; 90 core-minutes at most
          python transformer.py --task lm --data FILE   # characters of a text
          python transformer.py --task classify         # digits as 64 tokens
 Expect   dates: 1.0000 +- .0000 of 2,000 unseen days exact (seeds 0-2) | copying: 0.07
@@ -287,10 +287,10 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder on its own: ids (B, T) -> logits (B, T, V) of the next token; one tied matrix."""
+    """A decoder on its own: ids (B, T) -> logits (B, T, V) of the next token; one tied matrix.
+    sizes: num_layers=6, num_heads=8, d_ff=2048, norm_first=False, here as in the Classifier."""
 
     def __init__(self, vocab_size: int, d_model: int = 512, dropout: float = 0.1, **sizes):
-        """sizes: num_layers=6, num_heads=8, d_ff=2048, norm_first=False."""
         super().__init__()
         self.embedding = Embedding(vocab_size, d_model, dropout)
         self.decoder = Stack(EncoderLayer, d_model, dropout, **sizes)
@@ -315,7 +315,6 @@ class Classifier(nn.Module):
     """Encoder with a learned <cls> token in front, read by an MLP: (B, T) -> (B, num_classes)."""
 
     def __init__(self, vocab_size, num_classes, d_model=512, dropout=0.1, pad_id=0, **sizes):
-        """sizes: as for the LanguageModel."""
         super().__init__()
         self.pad_id, self.embedding = pad_id, Embedding(vocab_size, d_model, dropout)
         self.cls = nn.Parameter(torch.randn(1, 1, d_model))
@@ -347,7 +346,7 @@ def learning_rate(step: int, d_model: int = 512, warmup: int = 4000) -> float:
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
-# ---- 6. Data: per part, inputs and outputs as ids ----
+# ---- 6. The demo: data as ids, training, evaluation, picture ----
 
 
 def spell(date: datetime.date, rng: random.Random) -> str:
@@ -417,34 +416,28 @@ def pick(part, rows, args):
     return ((x, y[:, :-1]), y[:, 1:]) if args.task == "translate" else ((x,), y)
 
 
-# ---- 7. Training and evaluation ----
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def train(model, optimizer, data, args, state) -> bool:
     """Goes on from state["step"] to args.steps. Returns whether Ctrl-C ended it before."""
     from tqdm import tqdm
 
-    (rank, world), stop, first, t0 = rank_and_world(), [], state["step"], time.time()
-    n, stopped = len(data["train"][0]), False
+    rank, world, stop, stopped = args.rank, args.world, [], False
+    first, n, t0 = state["step"], len(data["train"][0]), time.time()
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     lengths = torch.tensor([len(x) for x in data["train"][0]] if args.task == "translate" else [0])
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
-        torch.manual_seed((args.seed * 10**9 + step) % 2**63)  # for the batch, and for dropout
+        torch.manual_seed(args.seed * 10**9 + step)  # for the batch, and for dropout
         rows = torch.randint(n, (args.batch_size,))
         if args.task == "translate":  # sentences of about one length: less of a batch is padding
             rows = (lengths + 5 * torch.rand(n)).argsort()[(rows[0] + torch.arange(len(rows))) % n]
         inputs, target = pick(data["train"], rows, args)
         if world > 1:  # a process's share, weighted by its part of the target tokens
-            torch.manual_seed((args.seed * 10**9 + step + rank * 2**50) % 2**63)  # own dropout
+            torch.manual_seed(args.seed * 10**9 + step + rank * 2**50)  # for a dropout of its own
             tokens = (target != args.pad).sum()
             *inputs, target = (t[rank::world] for t in (*inputs, target))
-            weight = world * (target != args.pad).sum() / tokens
         loss = label_smoothing_loss(model(*inputs), target, args.smoothing, args.pad)
-        loss = loss * weight if world > 1 else loss
+        loss = loss * world * (target != args.pad).sum() / tokens if world > 1 else loss
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(step, args.size[0], args.warmup)  # Eq. 3
         optimizer.zero_grad(); loss.backward()  # fmt: skip
@@ -469,10 +462,13 @@ def train(model, optimizer, data, args, state) -> bool:
             if args.save:  # beside its place, then moved there: a crash leaves the old one
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 out = {**state, "script": "transformer", "args": vars(args)}
-                torch.save(out, args.save + ".tmp"), os.replace(args.save + ".tmp", args.save)
+                torch.save(out, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
         if stopped:
             break
     signal.signal(signal.SIGINT, before)
+    if world > 1:
+        dist.destroy_process_group()
     return bool(stopped)
 
 
@@ -554,67 +550,69 @@ def draw_picture(args, model, history, data, pieces):
     fig.savefig(os.path.join(args.out, "transformer.png"), dpi=110)
 
 
-# ---- 8. Command line ----
+# ---- 7. Command line ----
+
+NAMES = "steps", "batch_size", "warmup", "dropout", "smoothing", "keep_every", "size"
+DEFAULTS = {  # size: d_model, N, h, d_ff
+    "dates": (2500, 64, 400, 0.1, 0.1, 50, (64, 2, 4, 256)),
+    "pairs": (4600, 64, 1500, 0.1, 0.1, 150, (256, 3, 8, 512)),
+    "lm": (2000, 12, 200, 0.0, 0.0, 50, (128, 4, 4, 512)),
+    "classify": (1000, 64, 200, 0.1, 0.1, 50, (64, 2, 4, 128)),
+    "quick": (8, 8, 4, 0.1, 0.1, 2, (16, 1, 2, 32)),
+}
 
 
-def main(argv=None) -> int:
-    names = "steps", "batch_size", "warmup", "dropout", "smoothing", "keep_every", "size"
-    defaults = {  # size: d_model, N, h, d_ff
-        "dates": (2500, 64, 400, 0.1, 0.1, 50, (64, 2, 4, 256)),
-        "pairs": (3000, 64, 1500, 0.1, 0.1, 150, (256, 3, 8, 512)),
-        "lm": (2000, 12, 200, 0.0, 0.0, 50, (128, 4, 4, 512)),
-        "classify": (1000, 64, 200, 0.1, 0.1, 50, (64, 2, 4, 128)),
-        "quick": (8, 8, 4, 0.1, 0.1, 2, (16, 1, 2, 32)),
-    }
+def parse(argv):
+    """-> args, data, pieces, lines, model, optimizer, state. Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--task", choices=["translate", "lm", "classify"], help="default translate (the paper's)")
     flag("--data", help="translate: lines of source TAB target (default: dates); lm: a text file")
     flag("--val", help="pairs for validation; default: the last tenth of --data, at most 1,000")
     flag("--test", help="pairs for the test; default: cut from --data as for --val")
-    flag("--steps", type=int, help="default 2500, pairs 3000, lm 2000, classify 1000 (paper 10^5)")
+    flag("--steps", type=int, help="default 2500, pairs 4600, lm 2000, classify 1000 (paper 10^5)")
     flag("--batch-size", type=int, help="default 64, lm 12 (paper: 25,000 tokens a side)")
     flag("--length", type=int, help="characters that lm sees at a time, default 64")
     flag("--lr", type=float, help="factor on Eq. 3, default 1 (paper: 1)")
     flag("--dropout", type=float, help="default 0.1, lm 0 (paper: 0.1)")
     flag("--size", type=int, nargs=4, help="d_model N h d_ff, default by task (base: 512 6 8 2048)")
     flag("--seed", type=int, help="default 0")
+    flag("--log-every", type=int, help="steps between log lines, default 200")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--log-every", type=int, default=200, help="steps between log lines, default 200")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is learnt")
     flag("--target", type=float, help="exit 1 if the last line's metric misses this")
-    args, loaded, t0 = parser.parse_args(argv), None, time.time()
+    args, ckpt, own = parser.parse_args(argv), {}, {}
     try:  # whatever is wrong with flags, data or checkpoint ends here, in one line
+        args.rank, args.world = (int(os.environ.get(*v)) for v in (("RANK", 0), ("WORLD_SIZE", 1)))
         if args.load:
-            loaded = torch.load(args.load, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict) or loaded.get("script") != "transformer":
+            ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
+            if not isinstance(ckpt, dict) or ckpt.get("script") != "transformer":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-            for name, value in {**loaded["args"], "steps": loaded["step"]}.items():
-                if getattr(args, name, 0) is None and name not in ("save", "target"):
-                    setattr(args, name, value)
+            own = ckpt["args"] | {"steps": ckpt["step"]}
+        for name in ("task", "data", "val", "test"):
+            setattr(args, name, getattr(args, name) or own.get(name))
         args.task = args.task or "translate"
         args.kind = args.task if args.task != "translate" else "pairs" if args.data else "dates"
         args.pad = -100 if args.kind == "classify" else 0
-        values = *defaults["quick" if args.quick else args.kind], 0, 64, 1.0
-        for name, value in zip((*names, "seed", "length", "lr"), values):
+        known = dict(zip(NAMES, DEFAULTS["quick" if args.quick else args.kind]))
+        known |= {"seed": 0, "length": 64, "lr": 1.0, "log_every": 200}
+        for name, value in known.items():
             if getattr(args, name, None) is None:
-                setattr(args, name, value)
+                setattr(args, name, own.get(name, value))
         least = min(args.steps, args.batch_size, args.log_every, args.length, *args.size)
-        if least < 1 or not 0 < args.lr < math.inf or not 0 <= args.dropout < 1:
-            raise ValueError("sizes, steps and --lr must be > 0, --dropout in [0, 1)")
+        fits = 0 < args.lr < 1e6 and 0 <= args.dropout < 1 and 0 <= args.seed < 10**8
+        if least < 1 or not fits:
+            raise ValueError("sizes, steps and --lr must be > 0, --dropout in [0, 1), --seed >= 0")
         if (args.kind == "lm") > bool(args.data) or args.kind == "classify" and args.data:
             raise ValueError("--task lm needs --data FILE, --task classify takes none")
-        data, pieces, lines = load_data(args, loaded and loaded["pieces"])
-        if args.batch_size > len(data["train"][0]):
-            raise ValueError(f"--batch-size {args.batch_size} of {len(data['train'][0])} rows")
-        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-            raise ValueError("--batch-size must be a multiple of the number of processes")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        data, pieces, lines = load_data(args, ckpt.get("pieces"))
+        if args.batch_size > len(data["train"][0]) or args.batch_size % args.world:
+            raise ValueError("--batch-size: at most the rows, a multiple of the processes")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.manual_seed(args.seed)
@@ -624,32 +622,31 @@ def main(argv=None) -> int:
         model = build(len(pieces), dropout=args.dropout, **sizes).to(args.device)
         optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
         state = {"step": 0, "history": [], "kept": [], "pieces": pieces}
-        if loaded:
-            state = {name: loaded[name] for name in state}
-            model.load_state_dict(loaded["model"])
-            optimizer.load_state_dict(loaded["optimizer"])
+        if ckpt:
+            state = {name: ckpt[name] for name in state}
+            model.load_state_dict(ckpt["model"])
+            optimizer.load_state_dict(ckpt["optimizer"])
         os.makedirs(args.out, exist_ok=True)
-        paths = [args.save] if args.save and state["step"] < args.steps else []
-        for path in (*paths, os.path.join(args.out, "transformer.png")):
-            open(path, "ab").close()  # fail now, not after the training
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank, _ = rank_and_world()
-    count = sum(p.numel() for p in model.parameters()) / 1e6
+    return args, data, pieces, lines, model, optimizer, state
+
+
+def main(argv=None) -> int:
+    args, data, pieces, lines, model, optimizer, state = parse(argv)
+    t0, count = time.time(), sum(p.numel() for p in model.parameters()) / 1e6
     kind = f"{args.kind} " + "/".join(str(len(data[part][0])) for part in ("train", "val", "test"))
-    if rank == 0:
+    if args.rank == 0:
         print(f"transformer | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
     try:
         stopped = train(model, optimizer, data, args, state)
     except FloatingPointError as error:
         print(f"transformer.py: {error}; stopped", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if rank:  # the other processes of torchrun are done
+    if args.rank:  # the other processes of torchrun are done
         return 0
     seconds, kept = time.time() - t0, state["kept"] or [model.state_dict()]
     model.load_state_dict({k: sum(w[k] for w in kept) / len(kept) for k in kept[0]})

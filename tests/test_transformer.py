@@ -538,6 +538,19 @@ def test_load_alone_evaluates_the_averaged_weights(tmp_path, capsys):
     )
 
 
+def test_the_checkpoint_decides_where_no_flag_does(tmp_path):
+    """A run that goes on keeps its sizes and schedule; --quick and the defaults don't matter."""
+    run("--quick", "--steps", 2, "--out", tmp_path, "--seed", 3, "--save", tmp_path / "a.pt")
+    args = tr.parse(["--load", str(tmp_path / "a.pt"), "--out", str(tmp_path), "--lr", "0.5"])[0]
+    assert [getattr(args, n) for n in tr.NAMES] == [2, *tr.DEFAULTS["quick"][1:]]
+    assert (args.seed, args.lr, args.kind) == (3, 0.5, "dates")
+
+
+def test_default_steps_see_29000_pairs_ten_times():
+    steps, batch, *_ = tr.DEFAULTS["pairs"]
+    assert steps * batch >= 10 * 29_000
+
+
 def test_ctrl_c_saves_and_draws(tmp_path, monkeypatch):
     calls, true_loss = [], tr.label_smoothing_loss
 
