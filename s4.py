@@ -107,9 +107,7 @@ def dense(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Ten
 
 def truncate(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int, inverse=False) -> Tensor:
     """C~ = C (I - A_bar^L) (Algorithm 1, line 1), or with `inverse` C from C~: both (..., H, N/2).
-
-    The one dense step. Training does without: C~ is the parameter.
-    """
+    The one dense step. Training does without: C~ is the parameter."""
     A_bar = dense(Lambda, P, P, dt)[0]
     M = torch.eye(A_bar.shape[-1]) - torch.linalg.matrix_power(A_bar, L)
     row = pairs(C.detach().cpu().to(M.dtype))[..., None, :]  # y = C x
@@ -154,12 +152,9 @@ def s4d_kernel(Lambda: Tensor, B: Tensor, C: Tensor, dt: Tensor, L: int) -> Tens
 
 
 def convolve(u: Tensor, K: Tensor) -> Tensor:
-    """y_k = sum_j K_j u_(k-j) (Eq. 4) in O(L log L): u (B, H, L), K (H, L) -> y (B, H, L).
-
-    The FFT's convolution is circular: unpadded, the end leaks to the start. K may be (H, 2L), with
-    K_j of negative j in its second half.
-    """
-    n = 2 * u.shape[-1]
+    """y_k = sum_j K_j u_(k-j) (Eq. 4) in O(L log L): u (B, H, L), K (H, L) -> y (B, H, L). K may
+    be (H, 2L), with K_j of negative j in its second half."""
+    n = 2 * u.shape[-1]  # the FFT's convolution is circular: unpadded, the end leaks to the start
     return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(K, n), n)[..., : n // 2]
 
 
@@ -246,10 +241,10 @@ class S4Model(nn.Module):
     `pool` averages over time before the head; `ssm` are S4Layer's d_state, l_max, and so on.
     """
 
-    # fmt: off
-    def __init__(self, d_input: int, d_output: int, d_model=256, n_layers=4, dropout=0.1,
-                 prenorm=False, pool=True, **ssm):
-        # fmt: on
+    def __init__(
+        self, d_input: int, d_output: int, d_model=256, n_layers=4, dropout=0.1, prenorm=False,
+        pool=True, **ssm,
+    ):  # fmt: skip
         super().__init__()
         self.prenorm, self.pool = prenorm, pool
         self.encoder, self.decoder = nn.Linear(d_input, d_model), nn.Linear(d_model, d_output)
@@ -274,36 +269,41 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     return [{"params": rest, "lr": lr, "weight_decay": weight_decay}, system]
 
 
-# ---- 5. Data: an image as the sequence of its pixels ----
+# ---- 5. The demo: an image as the sequence of its pixels, S4 beside a GRU ----
 
 
 def load_images(path: str) -> list[Tensor]:
     """x_train (N, H, W, C) uint8, y_train (N,), x_test, y_test. Raises on what is no such file.
 
-    "digits" are scikit-learn's (1,437 / 360), enlarged from 8x8 to 32x32. A .npz is Keras-style:
-    uint8 x_train, x_test (N, H, W) or (N, H, W, 1 or 3), integers y_train, y_test from 0.
+    "digits" are scikit-learn's (1,437 / 360), enlarged from 8x8 to 32x32. A .npz is Keras-style.
     """
     if path == "digits":
         from sklearn.datasets import load_digits
 
-        x, y = map(torch.tensor, load_digits(return_X_y=True))
-        x = F.interpolate(x.view(-1, 1, 8, 8) * 255 / 16, size=(32, 32), mode="bilinear")
         order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-        x, y = x.round().byte().permute(0, 2, 3, 1)[order], y[order]
+        x, y = (torch.tensor(a)[order] for a in load_digits(return_X_y=True))
+        x = F.interpolate(x.view(-1, 1, 8, 8) * 255 / 16, size=(32, 32), mode="bilinear")
+        x = x.round().byte().permute(0, 2, 3, 1)
         return [x[:1437], y[:1437], x[1437:], y[1437:]]
     with np.load(path, allow_pickle=False) as file:
-        data = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+        data = [torch.from_numpy(file[k]) for k in ("x_train", "y_train", "x_test", "y_test")]
+    data[::2] = [x.reshape(*x.shape[:3], -1) for x in data[::2]]  # grey images: C = 1
     for x, y in (data[:2], data[2:]):
-        fits = x.size and (x.ndim == 3 or x.ndim == 4 and x.shape[3] in (1, 3))
-        if x.dtype != np.uint8 or not fits or len(x) < 20 or x.shape[1:] != data[0].shape[1:]:
-            raise ValueError(f"{path}: images must be uint8 (N >= 20, H, W[, 1 or 3]), all alike")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 999:
-            raise ValueError(f"{path}: labels must be whole numbers in 0..999, one per image")
-    data = [torch.tensor(a) if a.ndim > 1 else torch.tensor(a).long() for a in data]
-    return [a[..., None] if a.ndim == 3 else a for a in data]
+        good = x.dtype == torch.uint8 and len(x) >= 20 and x.shape[1:] == data[0].shape[1:]
+        good = good and x.shape[3:] in ((1,), (3,)) and y.shape == x.shape[:1]
+        if not good or y.is_floating_point() or y.min() < 0 or y.max() > 999:
+            raise ValueError(f"{path} isn't N >= 20 uint8 images (H, W[, 3]), alike, labels 0..999")
+    return [t if t.ndim == 4 else t.long() for t in data]
 
 
-# ---- 6. Training ----
+def distort(x: Tensor, g: torch.Generator) -> Tensor:
+    """Images x (B, H, W, C), each turned by up to 11 degrees, zoomed by 10%, moved by 5%."""
+    turn, zoom, right, down = 0.2 * torch.rand(4, len(x), generator=g) - 0.1
+    cos, sin = (1 + zoom) * torch.cos(2 * turn), (1 + zoom) * torch.sin(2 * turn)
+    theta = torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3).to(x.device)
+    x = x.permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False).permute(0, 2, 3, 1)
 
 
 class GRU(nn.GRU):
@@ -317,18 +317,15 @@ class GRU(nn.GRU):
         return self.decoder(super().forward(x)[0].mean(1))
 
 
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def train(models, optimizers, draw, validate, args, state) -> bool:
-    """Trains on the same images, a batch being a function of (seed, step). True if stopped."""
+def train(models, optimizers, draw, val, args, state) -> bool:
+    """Trains all models on the same draw(step) -> x (B, L, C), y (B,). True if Ctrl-C ended it."""
     from tqdm import tqdm
 
-    (rank, world), stop, first, t0 = rank_and_world(), [], state["step"], time.time()
-    stopped = False
+    stop, stopped, first, t0 = [], False, state["step"], time.time()
+    if args.world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
+    for step in tqdm(range(first + 1, args.steps + 1), disable=args.rank > 0 or None):
         rate = min(1, step / (0.1 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
         for name, model in models.items():
             # 1,024 small steps cost a GRU the same for any batch: it takes three batches at a time
@@ -336,52 +333,45 @@ def train(models, optimizers, draw, validate, args, state) -> bool:
             if step % every:
                 continue
             x, y = map(torch.cat, zip(*map(draw, range(step - every + 1, step + 1))))
-            loss = F.cross_entropy(model(x[rank::world]), y[rank::world])  # a process's share
+            loss = F.cross_entropy(model(x[args.rank :: args.world]), y[args.rank :: args.world])
             for g in optimizers[name].param_groups:
                 g["lr"] = g["peak"] * rate
             optimizers[name].zero_grad(); loss.backward()  # fmt: skip
             now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
-            if world > 1:  # means over the processes: the whole batch's
+            if args.world > 1:  # each process took its share: means over them are the batch's
                 for t in (now, *(p.grad for p in model.parameters())):
-                    dist.all_reduce(t.div_(world))
-            loss, stopped = now.tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the {name} model's loss is {loss} at step {step}")
+                    dist.all_reduce(t.div_(args.world))
+            state["loss"][name], stopped = now.tolist()
+            if not math.isfinite(state["loss"][name]):
+                raise FloatingPointError(f"the {name} model's loss is {now[0]} at step {step}")
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[name].step()
-            state["loss"][name] = loss
             state["seconds"][name] += time.time() - began
         state["step"] = step
-        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
-            ms, now = (time.time() - t0) / (step - first) * 1e3, ""
+        if args.rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
+            ms, line = (time.time() - t0) / (step - first) * 1e3, f"step {step:5d}/{args.steps}"
             for name, model in models.items():
-                state["history"].append((name, step, acc := validate(model)))
-                now += f" | {name} loss {state['loss'][name]:.4f} val acc {acc:.3f}"
-            tqdm.write(f"step {step:5d}/{args.steps}{now} | {ms:.0f} ms/step")
-            if args.save:
-                save(models, optimizers, args, state)
+                state["history"].append((name, step, acc := accuracy(model, *val)))
+                line += f" | {name} loss {state['loss'][name]:.4f} val acc {acc:.3f}"
+            tqdm.write(f"{line} | {ms:.0f} ms/step")
+            if args.save:  # beside its place, then moved there: a crash leaves the old one
+                file = {"script": "s4", "args": vars(args), **state}
+                file["models"] = {name: m.state_dict() for name, m in models.items()}
+                file["optimizers"] = {name: o.state_dict() for name, o in optimizers.items()}
+                torch.save(file, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
         if stopped:
             break
     signal.signal(signal.SIGINT, before)
+    if args.world > 1:
+        dist.destroy_process_group()
     return bool(stopped)
 
 
-def save(models, optimizers, args, state):
-    """Writes the checkpoint beside its place, then moves it there: a crash leaves the old one."""
-    file = {"script": "s4", "args": vars(args), **state}
-    file["models"] = {name: m.state_dict() for name, m in models.items()}
-    file["optimizers"] = {name: o.state_dict() for name, o in optimizers.items()}
-    torch.save(file, args.save + ".tmp")
-    os.replace(args.save + ".tmp", args.save)
-
-
-# ---- 7. Evaluation and picture ----
-
-
 @torch.no_grad()
-def accuracy(model, x: Tensor, y: Tensor, encode) -> float:
-    """Share of images x (N, H, W, C) that get their label y (N,)."""
-    right = [model.eval()(encode(a)).argmax(1) == b for a, b in zip(x.split(100), y.split(100))]
+def accuracy(model, x: Tensor, y: Tensor) -> float:
+    """Share of sequences x (N, L, C) that get their label y (N,)."""
+    right = [model.eval()(a).argmax(1) == b for a, b in zip(x.split(100), y.split(100))]
     model.train()
     return torch.cat(right).float().mean().item()
 
@@ -393,12 +383,12 @@ def draw_picture(path, layer, state):
 
     fig = Figure(figsize=(15, 4), layout="tight")
     a, b, c = fig.subplots(1, 3)
-    t, dt = torch.arange(3000, dtype=torch.float64) / 500, torch.tensor(1 / 500).double()
+    t = torch.arange(3000, dtype=torch.float64) / 500
     u = (3.1 * t).sin() + 0.5 * (7.3 * t + 1).sin() + 0.3 * (17 * t + 2).sin()
     a.plot(u[-1500:], color="lightgray", lw=5, label="signal")
-    s = np.exp(-(np.arange(1500)[::-1] + 0.5) / 500)  # of the age
+    s = torch.exp(-t[:1500].flip(0) - 0.5 / 500)  # of the age
     for N in (8, 32):
-        A_bar, B_bar = bilinear(*hippo(N), dt)
+        A_bar, B_bar = bilinear(*hippo(N), t[1])
         x = torch.zeros_like(B_bar)
         for value in u:
             x = A_bar @ x + B_bar * value
@@ -409,141 +399,122 @@ def draw_picture(path, layer, state):
     for h in dt.argsort()[:: max(1, len(dt) // 4)][:4].tolist():
         b.semilogx(range(1, K.shape[1] + 1), K[h] / K[h].abs().max(), label=f"dt = {dt[h]:.4f}")
     b.set(title="four kernels of the first layer, largest value = 1", xlabel="lag + 1")
-    for name in state["loss"]:
+    for name, seconds in state["seconds"].items():
         curve = [(step, acc) for n, step, acc in state["history"] if n == name]
-        c.plot(*zip(*curve), "o-", label=f"{name}, {state['seconds'][name]:.0f} s")
+        c.plot(*zip(*curve), "o-", label=f"{name}, {seconds:.0f} s")
     c.set(title="accuracy on held-out images", xlabel="step", ylim=(0, 1.02))
     for axis, place in ((a, "lower left"), (b, "upper right"), (c, "lower right")):
         axis.legend(loc=place)
     fig.savefig(path, dpi=110)
 
 
-# ---- 8. Command line ----
+# ---- 6. Command line ----
+
+DEFAULTS = {  # on digits, on a file, --quick, least, most, meaning
+    "steps": (2400, 8000, 3, 1, math.inf, "training steps"),
+    "batch_size": (16, 50, 4, 1, 10**6, "images per step"),
+    "lr": (1e-2, 1e-2, 1e-2, 1e-12, 1e6, "peak rate; the SSM at most 1e-3 (as paper)"),
+    "seed": (0, 0, 0, 0, 10**9, "of weights, batches and distortions"),
+    "log_every": (200, 200, 200, 1, math.inf, "steps between log lines"),
+}
 
 
 def parse(argv):
-    """-> args, the loaded checkpoint or None, the images. Bad input: one line on stderr, exit 2."""
+    """-> args, data, models, optimizers, state. Bad input: one line on stderr, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="digits (default) or a .npz file like Keras's mnist.npz (paper: MNIST)")
-    flag("--steps", type=int, help="default 2,400; 8,000 for a file")
-    flag("--batch-size", type=int, help="default 16; 50 for a file")
-    flag("--lr", type=float, help="peak rate, default 1e-2; the SSM at most 1e-3 (as paper)")
+    for name, (value, npz, *_, text) in DEFAULTS.items():
+        text = f"default {value}, on a file {npz}: {text}"
+        flag(f"--{name.replace('_', '-')}", type=type(value), help=text)
     flag("--diagonal", action="store_true", default=None, help="S4D, default S4")
-    flag("--seed", type=int, default=0, help="default 0")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--log-every", type=int, default=200, help="steps between log lines, default 200")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown by it")
     flag("--target", type=float, help="exit 1 if S4's test accuracy is below this")
-    args, loaded, old = parser.parse_args(argv), None, {}
+    args, ckpt, own = parser.parse_args(argv), {}, {}
     try:
+        args.rank, args.world = (int(os.environ.get(*v)) for v in (("RANK", 0), ("WORLD_SIZE", 1)))
         if args.load:
-            loaded = torch.load(args.load, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict) or loaded.get("script") != "s4":
+            ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
+            if not isinstance(ckpt, dict) or ckpt.get("script") != "s4":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-            old = {**loaded["args"], "steps": loaded["step"]}
-            args.seed = old["seed"]
-        sizes = (2400, 16) if (args.data or old.get("data", "digits")) == "digits" else (8000, 50)
-        defaults = ("digits", *((3, 4) if args.quick else sizes), 1e-2, False)
-        for name, value in zip(("data", "steps", "batch_size", "lr", "diagonal"), defaults):
+            own = ckpt["args"] | {"steps": ckpt["step"]}
+        args.data = args.data or own.get("data", "digits")
+        args.diagonal = args.diagonal or own.get("diagonal", False)
+        npz = args.data != "digits"
+        for name, (*values, least, most, _) in DEFAULTS.items():
             if getattr(args, name) is None:
-                setattr(args, name, old.get(name, value))
-        counts = args.steps, args.batch_size, args.log_every, args.seed + 1
-        if min(counts) < 1 or args.seed >= 10**9 or not 0 < args.lr < math.inf:
-            raise ValueError("counts and --lr must be > 0, --seed from 0 to 10^9")
-        data = load_images(args.data)
-        if args.batch_size > 0.9 * len(data[0]):
-            raise ValueError(f"--batch-size {args.batch_size} exceeds the images to train on")
-        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-            raise ValueError("--batch-size must be a multiple of the number of processes")
+                setattr(args, name, own.get(name, values[2 if args.quick else npz]))
+            if not least <= getattr(args, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {least} and {most}")
+        x, y, _, y_test = data = load_images(args.data)
+        if args.batch_size > 0.9 * len(x) or args.batch_size % args.world:
+            raise ValueError("--batch-size: at most the images, a multiple of the processes")
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save, os.path.join(args.out, "s4.png"))):
-            if os.path.isdir(path):
-                raise IsADirectoryError(f"{path} is a folder")
-            probe = f"{path}.{os.getpid()}.tmp"  # one per process of torchrun
-            open(probe, "wb").close()  # fails now, not after the training
-            os.remove(probe)
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=args.device)
+        torch.manual_seed(args.seed)
+        width, N, classes = *((64, 32) if npz else (32, 16)), int(max(y.max(), y_test.max())) + 1
+        ssm = {"l_max": x[0, ..., 0].numel(), "d_state": N, "diagonal": args.diagonal}
+        models = {"S4": S4Model(x.shape[3], classes, width, 2, 0.0, prenorm=True, **ssm)}
+        if not npz:
+            models["GRU"] = GRU(1, classes, 50)  # as many parameters
+        optimizers, state = {}, {"step": 0, "history": [], "loss": dict.fromkeys(models, math.nan)}
+        state |= {"seconds": dict.fromkeys(models, 0.0)}
+        for name, model in models.items():
+            groups = parameter_groups(model.to(args.device), args.lr, 0.01)
+            optimizers[name] = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in groups])
+            if ckpt:
+                model.load_state_dict(ckpt["models"][name])
+                optimizers[name].load_state_dict(ckpt["optimizers"][name])
+                state = {key: ckpt[key] for key in state}
     except Exception as error:
         parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
-    return args, loaded, data
+    return args, data, models, optimizers, state
 
 
 def main(argv=None) -> int:
-    args, loaded, data = parse(argv)
-    t0, stopped, digits = time.time(), False, args.data == "digits"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank, _ = rank_and_world()
-    torch.manual_seed(args.seed)
+    args, data, models, optimizers, state = parse(argv)
+    t0, stopped = time.time(), False
     x, y, x_test, y_test = (t.to(args.device) for t in data)
     mean, std = x.float().mean((0, 1, 2)), x.float().std((0, 1, 2)) + 1e-6
-    held, few = min(len(x) // 10, 2000), 40 if args.quick else None  # held out for choices
-    val, test = (x[-held:][:few], y[-held:][:few]), (x_test[:few], y_test[:few])
-    x, y, classes = x[:-held], y[:-held], int(max(data[1].max(), data[3].max())) + 1
+    held, few = len(x) - min(len(x) // 10, 2000), 40 if args.quick else None
 
-    def encode(images):  # (B, H, W, C) -> (B, H W, C), standardised
-        return ((images.float() - mean) / std).flatten(1, 2)
+    def encode(images):  # (B, H, W, C) -> (B, L, C), L = H W, standardised
+        return ((images - mean) / std).flatten(1, 2)
 
-    def draw(step):
+    def draw(step):  # the batch is a function of (seed, step): a resumed run is exact
         g = torch.Generator().manual_seed(args.seed * 10**9 + step)
-        i = torch.randint(len(x), (args.batch_size,), generator=g).to(args.device)
-        turn, zoom, right, down = 0.2 * torch.rand(4, args.batch_size, generator=g) - 0.1
-        cos, sin = (1 + zoom) * torch.cos(2 * turn), (1 + zoom) * torch.sin(2 * turn)
-        theta = torch.stack([cos, -sin, right, sin, cos, down], 1).view(-1, 2, 3).to(args.device)
-        images = x[i].permute(0, 3, 1, 2).float()  # turned up to 11 degrees, zoomed, moved 5%
-        grid = F.affine_grid(theta, images.shape, align_corners=False)
-        images = F.grid_sample(images, grid, align_corners=False)
-        return encode(images.permute(0, 2, 3, 1)), y[i]
+        i = torch.randint(held, (args.batch_size,), generator=g).to(args.device)
+        return encode(distort(x[i], g)), y[i]
 
-    L = x.shape[1] * x.shape[2]
-    d_model, n_layers, d_state = (32, 2, 16) if digits else (64, 2, 32)
-    size = dict(l_max=L, d_state=d_state, diagonal=args.diagonal, prenorm=True, dropout=0.0)
-    models, optimizers = {"S4": S4Model(x.shape[3], classes, d_model, n_layers, **size)}, {}
-    if digits:
-        models["GRU"] = GRU(1, classes, 50)  # as many parameters
-    for name, model in models.items():
-        groups = parameter_groups(model.to(args.device), args.lr, 0.01)
-        optimizers[name] = torch.optim.AdamW([{**g, "peak": g["lr"]} for g in groups])
-    state = {"step": 0, "history": [], "loss": dict.fromkeys(models, math.nan)}
-    state["seconds"] = dict.fromkeys(models, 0.0)
-    try:
-        for name in models if loaded else ():
-            models[name].load_state_dict(loaded["models"][name])
-            optimizers[name].load_state_dict(loaded["optimizers"][name])
-        state = {key: loaded[key] for key in state} if loaded else state
-    except (KeyError, RuntimeError, ValueError):
-        print(f"s4.py: error: {args.load} does not fit the flags or the data", file=sys.stderr)
-        return 2
+    val, test = ((encode(a[:few]), b[:few]) for a, b in ((x[held:], y[held:]), (x_test, y_test)))
     count = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
-    kind = f"seed {args.seed} | {os.path.basename(args.data)} {len(x)}/{len(test[0])} | {L} steps"
-    if rank == 0:
-        print(f"s4 | {count['S4'] / 1e6:.3f}M parameters | {args.device} | {kind}", flush=True)
+    kind = f"{os.path.basename(args.data)} {held}/{len(test[0])} | {test[0].shape[1]} steps"
+    kind = f"{count['S4'] / 1e6:.3f}M parameters | {args.device} | seed {args.seed} | {kind}"
+    if args.rank == 0:
+        print(f"s4 | {kind}", flush=True)
     try:
         if state["step"] < args.steps:
-            stopped = train(
-                models, optimizers, draw, lambda m: accuracy(m, *val, encode), args, state
-            )
+            stopped = train(models, optimizers, draw, val, args, state)
     except FloatingPointError as error:
         print(f"s4.py: stopped: {error}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if rank:  # the other processes of torchrun are done
+    if args.rank:  # the other processes of torchrun are done
         return 0
-    accs = {name: accuracy(model, *test, encode) for name, model in models.items()}
+    accs = {name: accuracy(model, *test) for name, model in models.items()}
     draw_picture(os.path.join(args.out, "s4.png"), models["S4"].layers[0], state)
     line = [f"{n} {a:.3f} ({count[n]}, {state['seconds'][n]:.0f} s)" for n, a in accs.items()]
-    print(f"test acc {' | '.join(line)} | chance {1 / classes:.3f} | {time.time() - t0:.0f} s")
+    line.append(f"chance {1 / models['S4'].decoder.out_features:.3f}")
+    print(f"test acc {' | '.join(line)} | {time.time() - t0:.0f} s")
     return 130 if stopped else int(args.target is not None and accs["S4"] < args.target)
 
 

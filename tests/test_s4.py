@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,23 +324,29 @@ def test_quick_run_draws_its_picture(tmp_path):
 
 
 def test_ctrl_c_then_going_on_equals_one_run(tmp_path, capsys, monkeypatch):
-    """Six steps, and a run that Ctrl-C ends after 5 and that goes on to 6, end in equal weights."""
+    """Six steps, and a run that Ctrl-C ends after 3 and that goes on to 6, end in equal weights."""
     data, a, b = write_npz(tmp_path / "d.npz"), str(tmp_path / "a.pt"), str(tmp_path / "b.pt")
     common = ["--data", str(data), "--batch-size", "4", "--log-every", "2", "--out", str(tmp_path)]
+    seen, distort = [], s4.distort
+    monkeypatch.setattr(s4, "distort", lambda x, g: seen.append(x.sum().item()) or distort(x, g))
     assert s4.main([*common, "--steps", "6", "--save", a]) == 0
 
-    def interrupt_after_4(models, optimizers, args, state, save=s4.save):
-        save(models, optimizers, args, state)
-        if state["step"] == 4:
+    def interrupt_after_2(state, path, save=torch.save):
+        save(state, path)
+        if state["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(s4, "save", interrupt_after_4)
+        patch.setattr(torch, "save", interrupt_after_2)
         assert s4.main([*common, "--steps", "6", "--save", b]) == 130
-    assert torch.load(b, weights_only=True)["step"] == 5
+    half = torch.load(b, weights_only=True)
+    assert half["step"] == 3
+    del half["args"]["rank"], half["args"]["world"]  # as in checkpoints of before
+    torch.save(half, b)
     assert s4.main(["--steps", "6", "--load", b, "--save", b, "--out", str(tmp_path)]) == 0
     whole, again = (torch.load(path, weights_only=True) for path in (a, b))
     assert whole["step"] == again["step"] == 6
+    assert seen[:6] == seen[6:] and len(set(seen)) == 6  # a batch of its own for every step
     for name, value in whole["models"]["S4"].items():
         assert torch.equal(value, again["models"]["S4"][name]), name
     capsys.readouterr()
@@ -347,7 +354,7 @@ def test_ctrl_c_then_going_on_equals_one_run(tmp_path, capsys, monkeypatch):
     assert "step  " not in capsys.readouterr().out
 
 
-def test_gru_sees_the_same_images_in_larger_batches():
+def test_gru_sees_the_same_images_in_larger_batches(monkeypatch):
     seen = {"S4": [], "GRU": []}
 
     class Spy(torch.nn.Linear):
@@ -365,9 +372,10 @@ def test_gru_sees_the_same_images_in_larger_batches():
         for n, m in models.items()
     }
     draw = lambda step: (torch.full((2, 1), float(step)), torch.zeros(2).long())  # noqa: E731
-    args = type("Args", (), {"steps": 6, "seed": 0, "log_every": 100, "save": None})
+    args = SimpleNamespace(steps=6, seed=0, log_every=100, save=None, rank=0, world=1)
+    monkeypatch.setattr(s4, "accuracy", lambda model, x: 0.5)
     state = {"step": 0, "history": [], "loss": {}, "seconds": dict.fromkeys(models, 0.0)}
-    assert s4.train(models, optimizers, draw, lambda m: 0.5, args, state) is False
+    assert s4.train(models, optimizers, draw, "x", args, state) is False
     assert [len(x) for x in seen["S4"]] == [2] * 6 and [len(x) for x in seen["GRU"]] == [6, 6]
     assert torch.equal(torch.cat(seen["S4"]), torch.cat(seen["GRU"]))
     assert state["history"] == [("S4", 6, 0.5), ("GRU", 6, 0.5)]
@@ -444,8 +452,9 @@ def test_truncated_file_and_foreign_checkpoint(tmp_path, capsys):
     small, common = str(tmp_path / "s.pt"), ["--batch-size", "2", "--out", str(tmp_path)]
     assert s4.main(["--data", str(path), "--steps", "1", "--save", small, *common]) == 0
     other = write_npz(tmp_path / "e.npz", y_train=np.arange(30) % 7)
-    assert s4.main(["--load", small, "--data", str(other), *common]) == 2
-    assert "does not fit" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        s4.main(["--load", small, "--data", str(other), *common])
+    assert error.value.code == 2 and "size mismatch" in capsys.readouterr().err
 
 
 def test_the_file_alone_builds_its_model(tmp_path):
