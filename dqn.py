@@ -32,6 +32,7 @@ Differs  `--paper` undoes this, for the paper's 10M frames (here: steps; days on
          Either way gamma .99 and RMSProp's rates are Nature's, Space Invaders skips 4 frames, not
          3, and all games restart every 50,000 steps, so that --load is exact.
 Run      python dqn.py                            # Pong, some 16 minutes of one core's time
+         python dqn.py --minutes 105 --memory 400000 --save pong.pt    # the long run of Expect
          python dqn.py --load pong.pt --minutes 60 --save pong.pt      # goes on; --save-memory
          python dqn.py --game Breakout --minutes 60 --memory 300000 --save breakout.pt
 Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.2 (-11.2, -12.7, -4.7) |
@@ -39,6 +40,8 @@ Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.2 (-
          are steps, 62. The pace of target and epsilon was chosen after a slower one (500 updates,
          60,000 steps) had scored -15.0, -15.6 with seeds 0 and 1; seed 2 had no part in it. The
          average Q rises to 1.7, more than a losing player can earn: the max overestimates.
+         The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (sd of the games
+         7.2); training games level off near 12 from 750,000 steps on, so +18 takes more than that.
 """
 
 import argparse
