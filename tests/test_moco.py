@@ -405,6 +405,23 @@ def test_training_learns_to_find_the_key(trained):
     assert np.mean(loss["few labels"][-5:]) < np.mean(loss["few labels"][:5])
 
 
+def test_the_loop_updates_the_key_encoder_and_the_queue(trained):
+    """4 steps of 8 keys, a queue of 24: all are new, and its pointer stands at 32 - 24."""
+    w, runs = (
+        torch.load(trained[0] / "a.pt", weights_only=True)["models"],
+        moco.parse(trained[1])[3],
+    )
+    q, k, start = (
+        w["MoCo"]["encoder_q.fc.0.weight"],
+        w["MoCo"]["encoder_k.fc.0.weight"],
+        runs["MoCo"],
+    )
+    start, queue = start.model.encoder_q.fc[0].weight.detach(), start.model.queue
+    assert 0 < (k - start).norm() < 0.1 * (q - start).norm()  # m = .99
+    assert w["m = 0"]["encoder_q.fc.0.weight"].equal(w["m = 0"]["encoder_k.fc.0.weight"])
+    assert w["MoCo"]["queue_ptr"] == 8 and not (w["MoCo"]["queue"] == queue).any()
+
+
 def test_labels_never_reach_the_pretraining(trained, tmp_path, capsys):
     path, options = trained
     save_npz(tmp_path / "b.npz", 80, 16, y_train=np.arange(80)[::-1] % 3)
