@@ -1,14 +1,12 @@
 """Diffusion: a network that only learns to remove Gaussian noise draws images out of pure noise.
 
 Paper    Denoising Diffusion Probabilistic Models -- Jonathan Ho, Ajay Jain, Pieter Abbeel, June
-         2020, arXiv:2006.11239v2. With it: DDIM (Song, Meng, Ermon, arXiv:2010.02502), the cosine
-         schedule (Nichol, Dhariwal, arXiv:2102.09672), classifier-free guidance (Ho, Salimans,
-         arXiv:2207.12598).
+         2020, arXiv:2006.11239v2. With it DDIM (Song et al., arXiv:2010.02502), the cosine schedule
+         (Nichol, Dhariwal, 2102.09672), classifier-free guidance (Ho, Salimans, 2207.12598).
 Idea     Adding noise T times destroys any image; one small step is nearly undone by a Gaussian.
          The bound on log p(x_0) becomes T regressions: see a noisy image, name its noise. Any t is
          trained alone, because x_t follows from x_0 in one go.
-Figure
-         x_0 --- q(x_t | x_(t-1)): shrink, add noise ---> x_t ---> ... ---> x_T ~ N(0, I)
+Figure   x_0 --- q(x_t | x_(t-1)): shrink, add noise ---> x_t ---> ... ---> x_T ~ N(0, I)
          x_0 <-- p(x_(t-1) | x_t): remove a little <----- x_t <--- ... <--- x_T   each (B, C, H, W)
                                     ^ eps_theta(x_t, t), the U-Net:
          x_t (B, C, H, W) -> conv -> [block, block] ----- skips, concatenated ---> [3 blocks] -> eps
@@ -24,19 +22,18 @@ Symbols  T | T | number of steps, t = 1..T            beta | beta_t | variance a
 Differs  One network, with and without labels: three of four are hidden in training (paper: none).
          Every table has an entry t = 0, no noise. Bound: L_0's variance is beta_1 for either
          sigma^2, as beta~_1 is 0. The linear schedule is steeper by 1000 / T if T is not 1000.
-         `clip`, which the demo uses (the authors' code, not the paper), keeps the estimate of x_0
-         within [-1, 1]. Rate: warm-up, then a cosine to 0, so that a short run ends well; paper:
-         constant. Demo: T = 200, cosine schedule, 8x8 digits; paper: CIFAR-10 and larger.
+         `clip` (the authors' code, not the paper; here the demo) keeps the estimate of x_0 within
+         [-1, 1]. Rate: warm-up, then a cosine to 0, so that a short run ends well; paper: constant.
+         Demo: T = 200, cosine schedule, 8x8 digits; paper: CIFAR-10 and larger.
 Run      python diffusion.py                        # about 3 minutes on one CPU core
          python diffusion.py --save m.pt; python diffusion.py --load m.pt --samples 64 --ddim 20
          python diffusion.py --data mnist.npz       # 28x28; a 32x32 .npz: the paper's U-Net
          torchrun --nproc-per-node 8 diffusion.py --data cifar10.npz --amp
 Expect   Test FD without labels, seeds 0-2: 0.28 +- 0.03 (200 steps; .280 .249 .308), DDIM with 20
          steps 0.44 +- 0.02; bound 2.60 bits/dim. By label: accuracy .860 (w = 0), .994 (w = 2).
-         Scale (same judge, 1,000 images): floor, train against test, FD 0.21; a Gaussian per class
-         0.43; one Gaussian 1.45. That three of four labels are hidden was chosen on a part of the
-         training digits, after test figures with two of four (0.35 +- 0.05) had been seen.
-         Paper, CIFAR-10: FID 3.17, at most 3.75 bits/dim; not comparable.
+         Floor, train against test, 0.21; a Gaussian per class 0.43; one Gaussian 1.45. The share of
+         hidden labels was chosen on a part of the training digits, after test figures with two of
+         four (0.35 +- 0.05) had been seen. Paper, CIFAR-10: FID 3.17, at most 3.75 bits/dim.
 """
 
 import argparse
@@ -46,6 +43,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,9 +65,6 @@ def cosine_schedule(T: int = 1000, s: float = 0.008) -> Tensor:
     t = torch.arange(T + 1, dtype=torch.float64)
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # without the limit beta_T = 1 and alpha_T = 0
-
-
-SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
 # ---- 2. Diffusion: the chains q and p, the objective, the samplers ----
@@ -98,9 +93,7 @@ def decoder_log_prob(x0: Tensor, mean: Tensor, sigma: float, levels: int) -> Ten
 
 class Diffusion:
     """q and p_theta over t = 1..T. `model(x_t, t, y)`, or `model(x_t, t)`, predicts the noise.
-
-    betas (T,); sigma2 "beta" or "beta_tilde", the two choices of Section 3.2 for p's variance.
-    """
+    betas (T,); sigma2 "beta" or "beta_tilde", the two choices of Section 3.2 for p's variance."""
 
     def __init__(self, betas: Tensor, sigma2: str = "beta"):
         if sigma2 not in ("beta", "beta_tilde"):
@@ -138,10 +131,8 @@ class Diffusion:
         return (x - scale * eps) / at(self.alpha.sqrt(), t, x)
 
     def loss(self, model, x0: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """L_simple, Eq. 14: line 5 of Algorithm 1, whose lines 2-4 drew x_0, t and the noise.
-
-        Mean over pixels, so an untrained network that returns 0 scores 1. t: (B,), uniform on 1..T.
-        """
+        """L_simple, Eq. 14: line 5 of Algorithm 1, whose lines 2-4 drew x_0, t (B,) uniform on
+        1..T, and the noise. Mean over pixels, so an untrained network that returns 0 scores 1."""
         x = self.q_sample(x0, t, noise)
         t = t.to(x.device)
         eps = model(x, t) if y is None else model(x, t, y)
@@ -157,31 +148,21 @@ class Diffusion:
         return (1 + w) * with_y - w * without
 
     @torch.no_grad()
-    def sample(
-        self, model, shape, y=None, w=0.0, clip=False, generator=None, device="cpu", trace=None
-    ):
-        """Algorithm 2: x_0 (B, C, H, W) from T calls.
-
-        A list `trace` gets (t, x_t, the estimate of x_0) of the first image at each step.
-        """
+    def sample(self, model, shape, y=None, w=0.0, clip=False, generator=None, device="cpu"):
+        """Algorithm 2: x_0 (B, C, H, W) from T calls. y, w: see `eps`; clip: see `p_mean`."""
         x = torch.randn(shape, generator=generator).to(device)  # line 1
         for t in range(self.T, 0, -1):
             z = torch.randn(shape, generator=generator).to(device) if t > 1 else 0.0  # line 3
             eps = self.eps(model, x, t, y, w)
-            if trace is not None:
-                trace.append((t, x[:1], self.predict_x0(x, t, eps)[:1]))
             x = self.p_mean(x, t, eps, clip) + at(self.sigma2.sqrt(), t, x) * z  # line 4
         return x
 
     @torch.no_grad()
     def ddim(
-        self, model, shape, steps=50, eta=0.0, y=None, w=0.0, clip=False, generator=None,
-        device="cpu",
-    ):  # fmt: skip
-        """DDIM: x_0 from `steps` calls (1..T), on evenly spaced t that include T. eta: 0..1.
-
-        eta = 1 with T steps is Algorithm 2 with sigma^2 = beta_tilde.
-        """
+        self, model, shape, steps=50, eta=0, y=None, w=0, clip=False, generator=None, device="cpu"
+    ):
+        """DDIM: x_0 from `steps` calls (1..T), on evenly spaced t that include T. eta: 0..1; 1 with
+        T steps is Algorithm 2 with sigma^2 = beta_tilde. Else ValueError."""
         if not 1 <= steps <= self.T or not 0 <= eta <= 1:
             raise ValueError(f"steps must be in 1..{self.T}, eta in 0..1; not {steps}, {eta}")
         tau = torch.linspace(0, self.T, steps + 1).round().long().tolist()
@@ -201,9 +182,7 @@ class Diffusion:
     @torch.no_grad()
     def bits_per_dim(self, model, x0: Tensor, levels=256, y=None, generator=None) -> Tensor:
         """The variational bound, Eq. 5: -log2 p(x_0) per pixel and channel is at most this (B,).
-
-        x0 in [-1, 1] on `levels` evenly spaced values. All T terms, each with one draw of x_t.
-        """
+        x0 in [-1, 1] on `levels` evenly spaced values. All T terms, each with one draw of x_t."""
         a, one = self.alpha_bar[self.T].float(), torch.tensor(1.0)
         nats = gaussian_kl(a.sqrt() * x0, 1 - a, 0.0, one).flatten(1).sum(1)  # L_T, about 0
         for t in range(self.T, 0, -1):
@@ -270,19 +249,17 @@ class Block(nn.Module):
 
 class UNet(nn.Module):
     """x (B, C, H, W), t (B,), y (B,) labels or None -> eps as x. Defaults: the CIFAR-10 net.
-
-    Level i has dim * mults[i] channels at 1/2^i of the size; `attention` names the levels that
-    attend (1 is 16x16 of 32x32). H and W must be multiples of 2^(len(mults) - 1), or it raises
-    ValueError. y = -1 or y=None is "no label". dim: a multiple of 4.
-    """
+    Level i has dim * mults[i] channels (dim: a multiple of 4) at 1/2^i of the size; `attention`
+    names the levels that attend (1 is 16x16 of 32x32). y = -1 or None is "no label". Raises
+    ValueError where H or W is no multiple of 2^(len(mults) - 1)."""
 
     def __init__(
         self, in_channels=3, dim=128, mults: tuple[int, ...] = (1, 2, 2, 2), num_blocks=2,
         attention: tuple[int, ...] = (1,), dropout=0.1, num_classes=0,
     ):  # fmt: skip
         super().__init__()
-        if dim < 4 or dim % 4:
-            raise ValueError(f"dim must be a multiple of 4, not {dim}")
+        if dim % 4 or min(dim, *mults) < 1:
+            raise ValueError(f"dim must be a multiple of 4, mults > 0; not {dim}, {mults}")
         self.dim, self.stride, C_time, C, widths = dim, 2 ** (len(mults) - 1), 4 * dim, dim, [dim]
         self.time = nn.Sequential(nn.Linear(dim, C_time), nn.SiLU(), nn.Linear(C_time, C_time))
         self.label = nn.Embedding(num_classes + 1, C_time) if num_classes else None
@@ -303,14 +280,13 @@ class UNet(nn.Module):
             if i:
                 self.up.append(nn.Sequential(nn.Upsample(None, 2), nn.Conv2d(C, C, 3, padding=1)))
         self.norm, self.conv_out = norm(C), nn.Conv2d(C, in_channels, 3, padding=1)
-        for m in self.modules():
-            if isinstance(m, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-        for m in self.modules():  # every block starts as the identity, the network as eps = 0
-            last = {Block: "conv2", Attention: "out", UNet: "conv_out"}.get(type(m))
-            if last:
-                nn.init.zeros_(getattr(m, last).weight)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() > 1 and p is not getattr(self.label, "weight", None):
+                nn.init.xavier_uniform_(p)
+            if name.endswith(("conv2.weight", "out.weight")):
+                nn.init.zeros_(p)  # every block starts as the identity, the network as eps = 0
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
@@ -333,32 +309,79 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm(h)))
 
 
-# ---- 4. Data ----
+# ---- 4. Data and training (Algorithm 1) ----
 
 
 def load_images(path: str):
-    """-> train images (N, H, W[, 3]) uint8, labels (N,), test images, number of grey levels.
-
-    "digits" is scikit-learn's, shuffled once; a file is .npz with x_train, y_train, x_test, y_test.
-    """
+    """-> train images (N, C, H, W) uint8, labels (N,), test images, number of grey levels. "digits"
+    is scikit-learn's, shuffled once; a file is .npz with x_train, y_train and x_test."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
         order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-        x, y = torch.tensor(digits.images).byte()[order], torch.tensor(digits.target)[order]
+        x, y = (torch.tensor(a)[order] for a in load_digits(return_X_y=True))
+        x = x.byte().view(-1, 8, 8, 1).movedim(3, 1)
         return x[:1200], y[:1200], x[1200:], 17
     with np.load(path, allow_pickle=False) as file:
-        arrays = [file[k] for k in ("x_train", "y_train", "x_test", "y_test")]
-    for x, y in (arrays[:2], arrays[2:]):
-        shape = arrays[0].shape[1:]
-        fits = x.dtype == np.uint8 and x.shape[1:] == shape and len(shape) > 1 and len(x) > 9
-        if not fits or shape[2:] not in ((), (3,)) or not x.size:
-            raise ValueError(f"{path}: images must be uint8, N > 9 of (H, W) or (H, W, 3), alike")
-        if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 999:
-            raise ValueError(f"{path}: labels must be whole numbers 0..999, one per image")
-    x, y, x_test, _ = arrays
-    return torch.tensor(x), torch.tensor(y).long(), torch.tensor(x_test), 256
+        x, y, x_test = (torch.tensor(file[k]) for k in ("x_train", "y_train", "x_test"))
+    fits = x.dtype == x_test.dtype == torch.uint8 and x.shape[1:] == x_test.shape[1:]
+    fits = fits and x.ndim > 2 and x.shape[3:] in ((), (3,)) and x.numel()
+    if not fits or min(len(x), len(x_test)) < 10:
+        raise ValueError(f"{path}: images must be uint8, N > 9 of (H, W) or (H, W, 3), alike")
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.min() < 0 or y.max() > 999:
+        raise ValueError(f"{path}: labels must be whole numbers 0..999, one per image")
+    x, x_test = (t.reshape(*t.shape[:3], -1).movedim(3, 1) for t in (x, x_test))
+    return x, y.long(), x_test, 256
+
+
+def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
+    """Trains on batches that are functions of (seed, step). Returns whether Ctrl-C ended it."""
+    from tqdm import tqdm
+
+    (images, labels, _, levels), device, B = data, args.device, args.batch_size
+    images, labels = images.to(device), labels.to(device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = slice(rank, None, world)  # all processes draw the same batch and each takes its rows
+    stop, t0, first, parameters = [], time.time(), state["step"], list(model.parameters())
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    for step in tqdm(range(first + 1, args.steps + 1), disable=True if rank else None):
+        g = torch.manual_seed(args.seed * 10**10 + step)  # dropout's too, so a resumed run is exact
+        i = torch.randint(len(images), (B,), generator=g).to(device)
+        x0, y = images[i].float() * (2 / (levels - 1)) - 1, labels[i]
+        if x0.shape[1] == 3:  # colour photographs: the paper's random flips
+            x0 = torch.where(torch.rand(B, 1, 1, 1, generator=g).to(device) < 0.5, x0.flip(3), x0)
+        y = y.masked_fill(torch.rand(B, generator=g).to(device) < args.drop_label, -1)
+        t = torch.randint(1, diffusion.T + 1, (B,), generator=g)
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp):
+            loss = diffusion.loss(model, x0[mine], t[mine], noise[mine], y[mine])  # Eq. 14
+        optimizer.zero_grad(); loss.backward()  # fmt: skip
+        loss, ended = loss.detach(), torch.tensor(float(len(stop)), device=device)
+        if world > 1:  # mean over the processes: the gradient of the whole batch
+            for tensor in (loss, ended, *(p.grad for p in parameters)):
+                dist.all_reduce(tensor.div_(world))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        rate = min(1, step / (0.02 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
+        optimizer.param_groups[0]["lr"] = args.lr * rate
+        optimizer.step()
+        update_ema(ema, model, args.ema)
+        state["step"] = step
+        state["history"].append(loss.item())
+        if rank == 0 and (ended or step % args.log_every == 0 or step == args.steps):
+            recent, ms = state["history"][-args.log_every :], (time.time() - t0) / (step - first)
+            now = f"L_simple {sum(recent) / len(recent):.4f} | {ms * 1e3:.0f} ms/step"
+            tqdm.write(f"step {step:6d}/{args.steps} | {now}")
+            if args.save:  # beside its place, then moved there: a crash leaves the old one
+                file = {"script": "diffusion", "args": vars(args), **state}
+                file |= {"model": model.state_dict(), "ema": ema.state_dict()}
+                torch.save(file | {"optimizer": optimizer.state_dict()}, args.save + ".tmp")
+                os.replace(args.save + ".tmp", args.save)
+        if ended:
+            break
+    signal.signal(signal.SIGINT, before)
+    return bool(ended)
 
 
 # ---- 5. Judge (the same in every generator here; it sees labels, the model does not) ----
@@ -418,129 +441,68 @@ def gaussian_images(train: Tensor, labels: Tensor, n: int) -> Tensor:
     return torch.cat(out).clamp(0, 1)
 
 
-# ---- 6. Training (Algorithm 1) ----
+# ---- 6. Evaluation and picture ----
 
 
-def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
-    """Trains on batches that are functions of (seed, step). Returns whether Ctrl-C ended it."""
-    from tqdm import tqdm
-
-    (images, labels, levels), device, B = data, args.device, args.batch_size
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = slice(rank, None, world)  # all processes draw the same batch and each takes its rows
-    stop, t0, first, parameters = [], time.time(), state["step"], list(model.parameters())
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
-    for step in tqdm(range(first + 1, args.steps + 1), disable=True if rank else None):
-        g = torch.manual_seed(args.seed * 10**10 + step)  # dropout's too, so a resumed run is exact
-        i = torch.randint(len(images), (B,), generator=g).to(device)
-        x0, y = images[i].to(device).float() * (2 / (levels - 1)) - 1, labels[i]
-        if x0.shape[1] == 3:  # colour photographs: the paper's random flips
-            x0 = torch.where(torch.rand(B, 1, 1, 1, generator=g).to(device) < 0.5, x0.flip(3), x0)
-        y = y.masked_fill(torch.rand(B, generator=g).to(device) < args.drop_label, -1)
-        t = torch.randint(1, diffusion.T + 1, (B,), generator=g)
-        noise = torch.randn(x0.shape, generator=g).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp):
-            loss = diffusion.loss(model, x0[mine], t[mine], noise[mine], y[mine])  # Eq. 14
-        optimizer.zero_grad(); loss.backward()  # fmt: skip
-        loss, ended = loss.detach(), torch.tensor(float(len(stop)), device=device)
-        if world > 1:  # mean over the processes: the gradient of the whole batch
-            for tensor in (loss, ended, *(p.grad for p in parameters)):
-                dist.all_reduce(tensor.div_(world))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        rate = min(1, step / (0.02 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        optimizer.step()
-        update_ema(ema, model, args.ema)
-        state["step"] = step
-        state["history"].append(loss.item())
-        if rank == 0 and (ended or step % args.log_every == 0 or step == args.steps):
-            recent, ms = state["history"][-args.log_every :], (time.time() - t0) / (step - first)
-            now = f"L_simple {sum(recent) / len(recent):.4f} | {ms * 1e3:.0f} ms/step"
-            tqdm.write(f"step {step:6d}/{args.steps} | {now}")
-            if args.save:  # beside its place, then moved there: a crash leaves the old one
-                file = {"script": "diffusion", "args": vars(args), **state}
-                file |= {"model": model.state_dict(), "ema": ema.state_dict()}
-                torch.save(file | {"optimizer": optimizer.state_dict()}, args.save + ".tmp")
-                os.replace(args.save + ".tmp", args.save)
-        if ended:
-            break
-    signal.signal(signal.SIGINT, before)
-    return bool(ended)
-
-
-# ---- 7. Evaluation and picture ----
-
-
-def generate(diffusion, ema, args, state, n, y=None, steps=0, w=0.0, trace=None) -> Tensor:
-    """n images (n, C, H, W) in [0, 1]: DDIM in `steps` steps, or with 0 Algorithm 2."""
+def generate(diffusion, ema, args, shape, y, steps=None, w=0.0) -> Tensor:
+    """An image in [0, 1] for each of the labels y (n,): by DDIM in `steps` steps or Algorithm 2."""
     g, out = torch.Generator().manual_seed(args.seed), []
-    y = torch.full((n,), -1) if y is None else y.cpu()
-    how = {"generator": g, "device": args.device, "clip": True, "w": w}
+    how = {"clip": True, "generator": g, "device": args.device, "w": w}
+    draw = partial(diffusion.ddim, steps=steps, eta=args.eta) if steps else diffusion.sample
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
-        for labels in y.split(500):
-            shape, how["y"] = (len(labels), *state["shape"]), labels.to(args.device)
-            if steps:
-                out.append(diffusion.ddim(ema, shape, steps, args.eta, **how))
-            else:
-                out.append(diffusion.sample(ema, shape, trace=None if out else trace, **how))
-    return (torch.cat(out).cpu().clamp(-1, 1) + 1) / 2
+        for part in y.split(500):
+            out.append(draw(ema, (len(part), *shape), y=part.to(args.device), **how).cpu())
+    return (torch.cat(out).clamp(-1, 1) + 1) / 2
 
 
-def mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images (n, H, W[, 3]) in [0, 1], n a multiple of columns -> one image with white lines."""
-    x = F.pad(images.cpu().reshape(*images.shape[:3], -1), (0, 0, 0, 1, 0, 1), value=1.0)
-    x = x.unflatten(0, (-1, columns)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    return x.squeeze(-1).numpy()
-
-
-@torch.no_grad()
 def draw_picture(path, diffusion, free, guided, how, trace, x0):
-    """Samples without and with labels; x0 (C, H, W) into noise; noise into an image."""
+    """Samples without and with labels; x0 (1, C, H, W) into noise; noise into an image."""
     from matplotlib.figure import Figure
 
-    T, n, g = diffusion.T, 11, torch.Generator().manual_seed(0)
-    ts = torch.linspace(0, T, n).round().long()
-    x0 = x0.expand(n, *x0.shape)
-    forward = diffusion.q_sample(x0, ts, torch.randn(x0.shape, generator=g))
-    noisy = {t: (x[0].cpu(), guess[0].cpu()) for t, x, guess in trace}
-    last = 2 * free[0] - 1
-    backward = [noisy[t] if t else (last, last) for t in ts.flip(0).tolist()]
-    rows = torch.cat([forward, *(torch.stack(row) for row in zip(*backward))])
+    T, x0, g = diffusion.T, x0.expand(11, -1, -1, -1), torch.Generator().manual_seed(0)
+    ts = torch.linspace(0, T, 11).round().long()
+    trace = [*trace[:T], [2 * free[:1] - 1] * 2]  # of t = T, ..., 1 and 0, in this order
+    x, eps = (torch.cat([trace[T - t][k].float().cpu() for t in ts.flip(0)]) for k in (0, 1))
+    rows = [diffusion.q_sample(x0, ts, torch.randn(x0.shape, generator=g)), x]
+    rows = torch.cat([*rows, diffusion.predict_x0(x, ts.flip(0), eps)]).clamp(-1, 1)
     fig = Figure(figsize=(11, 9.5), layout="constrained")
     grid = fig.add_gridspec(2, 2, height_ratios=[1.5, 1])
     top, right, below = (fig.add_subplot(g) for g in (grid[0, 0], grid[0, 1], grid[1, :]))
+    for axis, images, columns in (top, free, 10), (right, guided, 10), (below, (rows + 1) / 2, 11):
+        images = F.pad(images[: len(images) // columns * columns], (0, 1, 0, 1), value=1.0)
+        images = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
+        images = images.flatten(2, 3).flatten(0, 1).squeeze(-1)
+        axis.imshow(images.numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
     top.set_title(f"samples without a label: Algorithm 2, {T} steps")
     right.set_title(f"samples by label: {how}")
-    below.set_title(
-        "top: q turns a test image into noise, t = 0 to T; middle: p_theta turns noise "
-        "into an image, t = T to 0;\nbottom: the x_0 that the network sees in the middle row"
-    )
-    for axis, images, columns in (top, free, 10), (right, guided, 10), (below, (rows + 1) / 2, n):
-        images = images[: len(images) // columns * columns].clamp(0, 1).movedim(1, -1)
-        axis.imshow(mosaic(images, columns), cmap="gray", vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
-    width = x0.shape[3] + 1
-    below.set_xticks([width * (k + 0.5) for k in range(n)], [str(t) for t in ts.tolist()])
+    below.set_title("rows: image to noise (q); noise to image (p_theta); the x_0 seen on the way")
+    ticks = [(x0.shape[3] + 1) * (k + 0.5) for k in range(11)]
+    below.set_xticks(ticks, [str(t) for t in ts.tolist()])
     below.set_xlabel("t of the top row; the rows below run from T to 0")
     fig.savefig(path, dpi=90)
 
 
-# ---- 8. Command line ----
+# ---- 7. Command line ----
 
-SIZES = {  # default for 8x8 images, up to 31x31, larger (as the paper's CIFAR-10), --quick; meaning
-    "T": (200, 200, 1000, 10, "steps of the chain"),
-    "schedule": ("cosine", "cosine", "linear", "cosine", "of beta: linear or cosine"),
-    "dim": (16, 16, 128, 8, "channels of the first level, a multiple of 4"),
-    "mults": ("1 2", "1 2 4", "1 2 2 2", "1 2", "their multiple at each level"),
-    "blocks": (1, 1, 2, 1, "residual blocks per level"),
-    "dropout": (0.0, 0.0, 0.1, 0.0, "dropout, below 1"),
-    "steps": (3000, 5000, 800_000, 8, "training steps"),
-    "batch_size": (64, 64, 128, 8, "images per step"),
-    "lr": (2e-3, 2e-3, 2e-4, 2e-3, "peak rate, falls to 0"),
-    "ema": (0.995, 0.999, 0.9999, 0.9, "decay of the averaged weights, below 1"),
+WORDS = {"schedule": {"linear": linear_schedule, "cosine": cosine_schedule}}
+WORDS |= {"sigma2": ("beta", "beta_tilde")}
+DEFAULTS = {  # for 8x8 images, up to 31x31, larger (the paper's), --quick; least, most; meaning
+    "T": (200, 200, 1000, 10, 1, 10**6, "steps of the chain"),
+    "schedule": ("cosine", "cosine", "linear", "cosine", "", "~", "of beta"),
+    "sigma2": ("beta", "beta", "beta", "beta", "", "~", "variance of p (paper: both)"),
+    "dim": (16, 16, 128, 8, 1, 10**4, "channels of the first level, a multiple of 4"),
+    "mults": ("1 2", "1 2 4", "1 2 2 2", "1 2", "", "~", "their multiple at each level"),
+    "blocks": (1, 1, 2, 1, 1, 99, "residual blocks per level"),
+    "dropout": (0.0, 0.0, 0.1, 0.0, 0, 0.99, "in each block"),
+    "drop_label": (0.75, 0.75, 0.75, 0.75, 0, 1, "share of labels hidden in training"),
+    "steps": (3000, 5000, 800_000, 8, 1, math.inf, "of training"),
+    "batch_size": (64, 64, 128, 8, 1, 10**6, "images per step"),
+    "lr": (2e-3, 2e-3, 2e-4, 2e-3, 1e-12, 9, "peak rate, falls to 0"),
+    "ema": (0.995, 0.999, 0.9999, 0.9, 0, 1 - 1e-9, "decay of the averaged weights"),
+    "eta": (0.0, 0.0, 0.0, 0.0, 0, 1, "DDIM's noise"),
+    "seed": (0, 0, 0, 0, -(10**8), 10**8, "of weights, batches and samples"),
+    "log_every": (250, 250, 250, 250, 1, math.inf, "steps between log lines"),
 }
 
 
@@ -548,108 +510,84 @@ def parse(argv):
     """-> args, data (None with --samples), model, ema, optimizer, state. Bad input: exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
+    for name, (a, b, c, *_, text) in DEFAULTS.items():
+        text = f"default {a}, from 9x9 {b}, from 32x32 (and in the paper) {c}: {text}"
+        flag(f"--{name.replace('_', '-')}", type=type(a), choices=WORDS.get(name), help=text)
     flag("--data", help="digits (default) or a .npz file as Keras's mnist.npz (paper: CIFAR-10)")
-    for name, (a, b, c, _, text) in SIZES.items():
-        text += f"; default {a} for 8x8, {b} up to 31x31, {c} for larger images (and in the paper)"
-        flag(f"--{name.replace('_', '-')}", type=type(a), help=text)
-    flag("--sigma2", choices=["beta", "beta_tilde"], help="default beta (paper: both)")
-    flag("--drop-label", type=float, help="share of labels hidden in training, default 0.75")
     flag("--ddim", type=int, help="DDIM's steps: default 20; with --samples: Algorithm 2")
-    flag("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1, default 0")
     flag("--w", type=float, nargs=2, default=[0.0, 2.0], help="two guidance weights, default 0 2")
     flag("--samples", type=int, help="with --load: only write that many samples; needs no data")
-    flag("--label", type=int, help="with --samples: their class, guided by the second --w")
+    flag("--label", type=int, default=-1, help="class of --samples, guided by the second --w")
     flag("--amp", action="store_true", help="bfloat16 autocast, for GPUs")
-    flag("--seed", type=int, help="default 0")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--log-every", type=int, default=250, help="steps between log lines, default 250")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown by it")
     flag("--target", type=float, help="exit 1 if FD of the unlabelled samples is above this")
-    args, loaded, data, state = parser.parse_args(argv), None, None, {"step": 0, "history": []}
+    args, loaded, own, data = parser.parse_args(argv), {}, {}, None
+    world, state = int(os.environ.get("WORLD_SIZE", 1)), {"step": 0, "history": []}
     try:
-        defaults = {"data": "digits", "sigma2": "beta", "drop_label": 0.75, "seed": 0}
         if args.load:
             loaded = torch.load(args.load, map_location="cpu", weights_only=True)
             if not isinstance(loaded, dict) or loaded.get("script") != "diffusion":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
-            defaults = {k: loaded["args"][k] for k in (*defaults, *SIZES)}
-            defaults["steps"] = loaded["step"]
+            own = loaded["args"] | {"steps": loaded["step"]}
             state = {k: loaded[k] for k in ("step", "history", "shape", "classes")}
+        args.data = args.data or own.get("data", "digits")
         if args.samples is None:
-            data = load_images(args.data or defaults["data"])
-            classes = int(data[1].max()) + 1
-            x, x_test = (x.reshape(*x.shape[:3], -1).movedim(3, 1) for x in data[::2])
-            shape, data = list(x.shape[1:]), (x, data[1], x_test, data[3])
-            if loaded and (shape, classes) != (state["shape"], state["classes"]):
+            data = load_images(args.data)
+            found = {"shape": list(data[0].shape[1:]), "classes": int(data[1].max()) + 1}
+            if loaded and state | found != state:
                 raise ValueError(f"{args.load} is for other images or classes than the data")
-            state |= {"shape": shape, "classes": classes}
+            state |= found
         elif not loaded or args.samples < 1:
             raise ValueError("--samples needs --load, and must be > 0")
-        size = 0 if max(state["shape"]) < 9 else 1 if max(state["shape"]) < 32 else 2
-        sizes = {k: v[3 if args.quick else size] for k, v in SIZES.items()}
-        for name, value in (sizes | defaults).items():
+        size = sum(max(state["shape"]) > side for side in (8, 31))
+        for name, (*values, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
-                setattr(args, name, value)
-        mults = tuple(int(m) for m in args.mults.split())
-        counts = [args.T, args.dim, *mults, args.blocks, args.steps, args.batch_size]
-        stride = 2 ** (len(mults) - 1)
-        for wrong, text in (
-            (args.schedule not in SCHEDULES, "--schedule must be linear or cosine"),
-            (min(*counts, args.log_every) < 1, "counts must be > 0"),
-            (not 0 < args.lr < 9 or abs(args.seed) > 10**8, "--lr must be > 0, |--seed| <= 10^8"),
-            (not (0 <= args.dropout < 1 and 0 <= args.ema < 1), "--dropout, --ema: in [0, 1)"),
-            (not 0 <= args.drop_label <= 1, "--drop-label must be in [0, 1]"),
-            (not 1 <= (args.ddim or 1) <= args.T, f"--ddim must be in 1..T = {args.T}"),
-            (not 0 <= args.eta <= 1, "--eta must be in [0, 1]"),
-            (not -1 <= (args.label or 0) < state["classes"], "--label is not a class of the data"),
-            (data and args.batch_size > len(data[0]), "--batch-size is more than the images"),
-            (args.batch_size % int(os.environ.get("WORLD_SIZE", 1)),
-             "--batch-size must be a multiple of the number of processes"),
-            (any(n % stride for n in state["shape"][1:]),
-             f"the image's sides {state['shape'][1:]} must be multiples of {stride}"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(text)
-        os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save, os.path.join(args.out, "diffusion.png"))):
-            if os.path.isdir(path):
-                raise IsADirectoryError(f"{path} is a folder")
-            probe = f"{path}.{os.getpid()}.tmp"  # one per process of torchrun
-            open(probe, "wb").close()  # fails now, not after the training
-            os.remove(probe)
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+                setattr(args, name, own.get(name, values[3 if args.quick else size]))
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+        if not 0 <= (args.ddim or 0) <= args.T or not -1 <= args.label < state["classes"]:
+            raise ValueError(f"--ddim must be in 1..T = {args.T}, --label a class of the data")
+        if args.batch_size % world or data and args.batch_size > len(data[0]):
+            raise ValueError("--batch-size is more than the images, or doesn't divide by processes")
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         torch.manual_seed(args.seed)
-        channels, low = state["shape"][0], (len(mults) - 1,) if size < 2 else (1,)
-        net = {"attention": low, "dropout": args.dropout, "num_classes": state["classes"]}
-        model = UNet(channels, args.dim, mults, args.blocks, **net).to(args.device)
+        mults = tuple(int(m) for m in args.mults.split())
+        net = state["shape"][0], args.dim, mults, args.blocks, (len(mults) - 1 if size < 2 else 1,)
+        model = UNet(*net, args.dropout, state["classes"]).to(args.device)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         if loaded:
             for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")):
                 part.load_state_dict(loaded[name])
+        if any(side % model.stride for side in state["shape"][1:]):
+            raise ValueError(f"sides {state['shape'][1:]} must be multiples of {model.stride}")
+        os.makedirs(args.out, exist_ok=True)
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
     return args, data, model, ema, optimizer, state
 
 
 def main(argv=None) -> int:
-    world, rank = (int(os.environ.get(k, v)) for k, v in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1:  # started by torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()
     args, data, model, ema, optimizer, state = parse(argv)
-    t0, stopped, few = time.time(), False, args.quick
-    diffusion = Diffusion(SCHEDULES[args.schedule](args.T), args.sigma2)
+    t0, stopped, trace = time.time(), False, []
+    diffusion = Diffusion(WORDS["schedule"][args.schedule](args.T), args.sigma2)
+    draw = partial(generate, diffusion, ema, args, state["shape"])
     if args.samples:
-        y = None if args.label is None else torch.full((args.samples,), args.label)
-        how = (args.samples, y, args.ddim or 0, args.w[1])
-        images = generate(diffusion, ema, args, state, *how).movedim(1, -1).squeeze(-1)
+        y, w = torch.full((args.samples,), args.label), args.w[1] * (args.label >= 0)
+        images = draw(y, args.ddim, w).movedim(1, -1).squeeze(-1)
         path = os.path.join(args.out, "diffusion_samples.npz")
         np.savez(path, samples=(images * 255).round().byte().numpy())
         print(f"{args.samples} samples of {tuple(images.shape[1:])} in {path}")
@@ -661,7 +599,6 @@ def main(argv=None) -> int:
         print(f"diffusion | {count} | {args.device} | {kind}", flush=True)
     try:
         if state["step"] < args.steps:
-            data = images.to(args.device), labels.to(args.device), levels
             stopped = train(diffusion, model, ema, optimizer, data, args, state)
     except FloatingPointError as error:
         print(f"diffusion.py: stopped: {error}", file=sys.stderr)
@@ -670,36 +607,36 @@ def main(argv=None) -> int:
         dist.destroy_process_group()
     if rank:  # the other processes of torchrun are done
         return 0
-    real, n, trace = images / (levels - 1), 60 if few else 1000, []
-    S = args.ddim or min(20, args.T)
-    score, classify = make_judge(real, labels, test / (levels - 1))
-    scores, y = {}, labels[:n]
-    rows = {"DDPM": generate(diffusion, ema, args, state, n, trace=trace)}
-    rows["DDIM"] = generate(diffusion, ema, args, state, n, None, S)
-    for w in args.w:
-        rows[f"DDIM, label, w = {w:g}"] = generate(diffusion, ema, args, state, len(y), y, S, w)
-    rows["Gaussian per class"] = gaussian_images(real, labels, n)
-    rows["one Gaussian"] = gaussian_images(real, labels * 0, n)
-    rows["train images (floor)"] = real[:n]
+    n, S = 60 if args.quick else 1000, args.ddim or min(20, args.T)
+    images, y = images / (levels - 1), labels[:n]
+    score, classify = make_judge(images, labels, test / (levels - 1))
+    hook = ema.register_forward_hook(lambda _, x_t, eps: trace.append((x_t[0][:1], eps[:1])))
+    rows = {"DDPM": draw(torch.full((n,), -1))}
+    hook.remove()
+    rows["DDIM"] = draw(torch.full((n,), -1), S)
+    rows |= {f"DDIM, label, w = {w:g}": draw(y, S, w) for w in args.w}
+    rows["Gaussian per class"] = gaussian_images(images, labels, n)
+    rows["one Gaussian"] = gaussian_images(images, labels * 0, n)
+    rows["train images (floor)"] = images[:n]
+    fd = {}
     for name, row in rows.items():
-        scores[name] = score(row)
-        line = " | ".join(f"{k} {v:.2f}" for k, v in scores[name].items())
+        scores = score(row)
+        fd[name] = scores["FD"]
+        line = " | ".join(f"{k} {v:.2f}" for k, v in scores.items())
         if "label" in name or "train" in name:
             line += f" | label accuracy {(classify(row) == y).double().mean():.3f}"
         print(f"{name:20s} | {line}", flush=True)
-    g, x0 = torch.Generator().manual_seed(0), test[: 4 if few else 128].to(args.device)
-    x0 = x0.float() * (2 / (levels - 1)) - 1
-    bits = diffusion.bits_per_dim(ema, x0, levels, None, g).mean().item()
-    guided = torch.arange(state["classes"]).repeat_interleave(10)[:100]
-    guided = generate(diffusion, ema, args, state, len(guided), guided, S, args.w[1])
-    path = os.path.join(args.out, "diffusion.png")
-    free, how = rows["DDPM"][:100], f"DDIM, {S} steps, guidance w = {args.w[1]:g}"
-    draw_picture(path, diffusion, free, guided, how, trace, x0[0].cpu())
-    fd = {name: f"{name} {values['FD']:.3f}" for name, values in scores.items()}
-    line = f"test FD {fd['DDPM']} ({args.T} steps) | {fd['DDIM']} ({S} steps) | "
-    line += " | ".join(fd[name] for name in list(rows)[-3:]) + f" | bound {bits:.2f} bits/dim"
-    print(f"{line} (uniform {math.log2(levels):.2f}) | {time.time() - t0:.0f} s")
-    return 130 if stopped else int(args.target is not None and scores["DDPM"]["FD"] > args.target)
+    x0 = test[: 4 if args.quick else 128].to(args.device).float() * (2 / (levels - 1)) - 1
+    bits = diffusion.bits_per_dim(ema, x0, levels, None, torch.Generator().manual_seed(0)).mean()
+    each, path = torch.arange(state["classes"]).repeat_interleave(10), "diffusion.png"
+    samples = rows["DDPM"][:100], draw(each[:100], S, args.w[1])
+    how = f"DDIM, {S} steps, guidance w = {args.w[1]:g}"
+    draw_picture(os.path.join(args.out, path), diffusion, *samples, how, trace, x0[:1].cpu())
+    steps = {"DDPM": f" ({args.T} steps)", "DDIM": f" ({S} steps)"}
+    line = [f"{k} {v:.3f}{steps.get(k, '')}" for k, v in fd.items() if "label" not in k]
+    line = " | ".join(line) + f" | bound {bits:.2f} bits/dim (uniform {math.log2(levels):.2f})"
+    print(f"test FD {line} | {time.time() - t0:.0f} s")
+    return 130 if stopped else int(args.target is not None and fd["DDPM"] > args.target)
 
 
 if __name__ == "__main__":

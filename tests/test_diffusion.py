@@ -205,16 +205,15 @@ def test_ema_is_exact():
 def test_algorithm_2_line_by_line():
     d, shape = Diffusion(cosine_schedule(6)), (2, 1, 4, 4)
     model = gaussian_data(d, 0.3, 0.5)
-    g, trace = torch.Generator().manual_seed(5), []
+    g = torch.Generator().manual_seed(5)
     x = torch.randn(shape, generator=g)
     for t in range(6, 0, -1):
         z = torch.randn(shape, generator=g) if t > 1 else torch.zeros(shape)
         beta, a, a_bar = (v[t].float() for v in (d.beta, d.alpha, d.alpha_bar))
         eps = model(x, torch.full((2,), t))
         x = (x - beta / (1 - a_bar).sqrt() * eps) / a.sqrt() + beta.sqrt() * z
-    out = d.sample(model, shape, generator=torch.Generator().manual_seed(5), trace=trace)
+    out = d.sample(model, shape, generator=torch.Generator().manual_seed(5))
     assert (out - x).abs().max() < 1e-4
-    assert [t for t, _, _ in trace] == [6, 5, 4, 3, 2, 1]
 
 
 def test_no_noise_at_the_last_step():
@@ -457,7 +456,7 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,word",
     [
-        (["--schedule", "cubic"], "linear or cosine"),
+        (["--schedule", "cubic"], "choose from"),
         (["--data", "none.npz"], "none.npz"),
         (["--data", "cut.npz"], "zip file"),
         (["--data", "pickle.npz"], "pickle"),
@@ -465,12 +464,14 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
         (["--data", "odd.npz"], "multiples of 2"),
         (["--data", "labels.npz"], "labels"),
         (["--data", "few.npz", "--batch-size", "21"], "more than the images"),
-        (["--steps", "0"], "must be > 0"),
-        (["--lr", "nan"], "must be > 0"),
+        (["--steps", "0"], "between 1 and"),
+        (["--lr", "nan"], "--lr must lie between"),
         (["--ddim", "11"], "T = 10"),
         (["--eta", "2"], "--eta"),
         (["--ema", "1"], "--ema"),
         (["--dim", "6"], "multiple of 4"),
+        (["--mults", "1 0"], "mults > 0"),
+        (["--sigma2", "learned"], "choose from"),
         (["--label", "10"], "--label"),
         (["--samples", "4"], "--load"),
         (["--out", "a-file/x"], "a-file"),
@@ -496,6 +497,35 @@ def test_bad_input_is_one_line(flags, word, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and ": error: " in err[-1] and word in err[-1]
     assert set(os.listdir()) - set(before) <= {"out"}
+
+
+@pytest.mark.parametrize("share,hidden", [(0, {False}), (0.5, {False, True}), (1, {True})])
+def test_every_t_is_trained_and_a_share_of_labels_hidden(share, hidden, tmp_path, monkeypatch):
+    real, seen = Diffusion.loss, []
+
+    def loss(self, model, x0, t, noise, y):
+        seen.extend(zip(t.tolist(), (y < 0).tolist()))
+        return real(self, model, x0, t, noise, y) * (1 if len(seen) < 32 else math.nan)
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    assert main(tmp_path, "--T", 3, "--drop-label", share) == 1  # nan: ends after four steps of 8
+    assert {t for t, _ in seen} == {1, 2, 3} and {h for _, h in seen} == hidden
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_generate_gives_each_label_its_image(steps):
+    """More than one batch of labels; the network paints class k in grey k / 4."""
+    d, calls = Diffusion(cosine_schedule(4)), []
+
+    def model(x, t, y):
+        calls.append(t[0].item())
+        a = d.alpha_bar[t.cpu()].to(x).view(-1, 1, 1, 1)
+        return (x - a.sqrt() * (y.view(-1, 1, 1, 1) / 2 - 1)) / (1 - a).sqrt()
+
+    args, y = SimpleNamespace(seed=0, device="cpu", amp=False, eta=0.0), torch.arange(501) % 5
+    images = script.generate(d, model, args, (1, 2, 2), y, steps)
+    assert images.shape == (501, 1, 2, 2) and calls == ([4, 2] if steps else [4, 3, 2, 1]) * 2
+    assert (images - y.view(-1, 1, 1, 1) / 4).abs().max() < 1e-3
 
 
 def test_checkpoint_of_other_data_is_refused(tmp_path, capsys):
