@@ -479,6 +479,9 @@ def test_two_processes_train_as_one(tmp_path, data):
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True)["history"] for n in (1, 2))
     for one, other in zip(a, b):
         assert one[:2] == other[:2] and one[2:] == pytest.approx(other[2:], rel=1e-3, abs=1e-4)
+    state = [torch.load(tmp_path / f"{n}.pt", weights_only=True)["optimizer"] for n in (1, 2)]
+    a, b = (torch.cat([p["exp_avg"].flatten() for p in s["DINO"]["state"].values()]) for s in state)
+    assert (a - b).norm() < 0.01 * a.norm()  # gradients, also those through batch statistics
     a, b = weights(tmp_path / "1.pt"), weights(tmp_path / "2.pt")
     for k, v in a.items():
         if "center" in k[2]:
