@@ -635,6 +635,16 @@ def test_bad_input_exits_2_with_one_line(flags, folder, capsys):
     assert not error.splitlines()[-1].startswith(" ") and sorted(folder.rglob("*")) == before
 
 
+def test_a_stray_tab_among_many_lines_is_left_out(tmp_path, capsys):
+    (tmp_path / "p.tsv").write_text("a b\tc d\n" * 150 + "a\tb\tc\n")
+    args = tr.parse(["--data", str(tmp_path / "p.tsv"), "--quick", "--out", str(tmp_path)])
+    assert "1 of 151 lines" in capsys.readouterr().err
+    assert len(args[1]["train"][0]) + len(args[1]["val"][0]) <= 150
+    (tmp_path / "q.tsv").write_text("a b\tc d\n" * 50 + "a\tb\tc\n")
+    with pytest.raises(SystemExit):
+        tr.parse(["--data", str(tmp_path / "q.tsv"), "--out", str(tmp_path)])
+
+
 def test_copied_alone_it_needs_torch_only(tmp_path):
     shutil.copy(SCRIPT, tmp_path)
     code = """
