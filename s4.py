@@ -23,11 +23,12 @@ Differs  P is tied to Q, as in the later official code: A stays stable in traini
          rearranged to be exact in float32 (see `dplr_kernel`). A GLU mixes the channels. The demo's
          model is small, pre-norm, without dropout; its images are turned, zoomed and moved a bit.
 Run      python s4.py                    # digits in 1,024 steps, beside a GRU: 5 minutes, 2 cores
-         python s4.py --data mnist.npz   # sequential MNIST, 784 steps: not yet timed to its end
+         python s4.py --data mnist.npz   # sequential MNIST, 784 steps: 45 minutes on one core
 Expect   test accuracy 0.979 +- 0.009, GRU 0.625 +- 0.043 (seeds 0-2; S4 .983 .969 .986); chance
          0.100; the paper's sequential MNIST 0.9963. The GRU has as many parameters, sees the same
          images, takes 20% more time on one core, and still rises at the end; its rate: not tuned.
          The number of steps was raised from 1,800 after two seeds' test figures (.975, .944).
+         Sequential MNIST, seed 0, 34,314 parameters, 4.3 passes: test accuracy .990.
 """
 
 import argparse
@@ -411,7 +412,7 @@ def draw_picture(path, layer, state):
 # ---- 6. Command line ----
 
 DEFAULTS = {  # on digits, on a file, --quick, least, most, meaning
-    "steps": (2400, 8000, 3, 1, math.inf, "training steps"),
+    "steps": (2400, 5000, 3, 1, math.inf, "training steps"),
     "batch_size": (16, 50, 4, 1, 10**6, "images per step"),
     "lr": (1e-2, 1e-2, 1e-2, 1e-12, 1e6, "peak rate; the SSM at most 1e-3 (as paper)"),
     "seed": (0, 0, 0, 0, 10**9, "of weights, batches and distortions"),
