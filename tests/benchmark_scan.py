@@ -7,15 +7,23 @@ One process; the competitors take turns, every figure is the median of its turns
 (B, L, D, N) tensors; mambapy's pscan runs where `pip install mambapy` was done; `associative_scan`
 is torch's higher-order operator in its generic, eager form (the one that works on a CPU).
 
-Where the time goes, at (4, 1024, 128, 16): 8.4 million exponentials in 64 calls of one kernel, each
-call with about 65 us of fixed cost; cutting and joining the chunks is a tenth. A small batch pays
-for the scan twice (two passes), which is what holds (1, 4096, 64, 16) back against pscan.
+Where the time goes, at (4, 1024, 128, 16): a call of a compiled kernel has 40 to 65 us of fixed
+cost, 64 calls each way; a chunk's A_bar is made by torch's own exp (.16 ns a number on one core
+with MKL, where the exp of compiled code takes 1.6); cutting and joining the chunks allocates fresh
+memory, which this kind of machine hands out at 1 to 2 us a page: a tenth to a third of the whole,
+for the loop and pscan no less. A small batch pays for the scan twice (two passes), which is what
+holds (1, 4096, 64, 16) back against pscan. A large batch is run in pieces of 2^15 numbers of state:
+the backward's three stacks then stay in the cache (a kernel call over 64 rows at once took 1.4 to
+2.4 times as long on one core).
 
-Measured and not taken: chunks of 32, forward (8 to 11 ms in kernels where 16 takes 10, compile time
-doubled) and backward (13 s to compile); chunks of 64 (slower, 17 to 30 s to compile); one sum over
-N per step in place of one for the chunk (as fast, compile time doubled); N unrolled (2 to 3 times
-slower, 40 s to compile); the layout (M, D, N) (1.5 times slower); autograd through the compiled
-chunk in place of the backward written out (60 lines shorter, 1.6 times slower).
+Measured and not taken: A_bar within the kernels (up to 1.3 times slower on one core, as fast on
+two) or in one buffer for all chunks (as fast); kernels compiled for any shape from the start
+(slower by a tenth, 25 s to compile); no guards between calls (as fast); chunks of 8 (slower);
+chunks of 32, forward (8 to 11 ms in kernels where 16 takes 10, compile time doubled) and backward
+(13 s to compile); chunks of 64 (slower, 17 to 30 s to compile); one sum over N per step in place of
+one for the chunk (as fast, compile time doubled); N unrolled (2 to 3 times slower, 40 s to
+compile); the layout (M, D, N) (1.5 times slower); autograd through the compiled chunk in place of
+the backward written out (60 lines shorter, 1.6 times slower).
 """
 
 import argparse
