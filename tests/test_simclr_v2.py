@@ -344,8 +344,7 @@ def test_without_operations_a_view_is_the_image():
 def test_digits_are_those_of_simclr():
     ours, theirs = simclr_v2.load_data("digits"), simclr.load_data("digits")
     assert ours[0].shape == (6450, 3, 32, 32) and ours[2].shape == (1500, 3, 32, 32)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert a.equal(b if i % 2 else b.permute(0, 3, 1, 2))
+    assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
     assert len(ours[0]) * 9 // 10 % 5 == 0  # five canvases of a digit stay on one side
 
 
