@@ -60,6 +60,20 @@ def test_time_splits_do_not_change_the_result(B, L, D, N):
     assert rel(selective_scan(*a, compile=False), selective_scan_ref(*a)[0]) < 1e-12
 
 
+def test_a_batch_too_large_for_the_cache_runs_in_pieces_and_none_is_lost():
+    B, L, D, N = 5, 20, 128, 128  # 2^15 / (D N) = 2 rows at a time: pieces of 2, 2 and 1
+    a = [torch.randn(B, L, D), torch.rand(B, L, D) * 0.1, -torch.rand(D, N), torch.randn(B, L, N)]
+    a += [torch.randn(B, L, N), torch.ones(D), torch.randn(B, D, N)]
+    a = [x.requires_grad_() for x in a]
+    y, h = selective_scan(*a, return_state=True, compile=False)
+    want_y, want_h = selective_scan_ref(*a)
+    torch.testing.assert_close((y, h), (want_y, want_h), rtol=1e-4, atol=1e-4)
+    got, want = (
+        torch.autograd.grad((y * y).sum() + h.sum(), a) for y, h in ((y, h), (want_y, want_h))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+
+
 def test_gradcheck_of_the_hand_written_backward():
     a = [x.requires_grad_() for x in inputs(1, 19, 2, 2)]
     scan = lambda *a: selective_scan(*a, return_state=True, compile=False)  # noqa: E731
