@@ -531,7 +531,7 @@ def draw_picture(args, models, history, x, table):
         k = min(20, len(acc))
         a.plot(range(k, len(acc) + 1), torch.tensor(acc).unfold(0, k, 1).mean(-1), label=name)
     a.set(title=f"{args.task}: training accuracy (mean of {k})", xlabel="step", ylim=(0, 1.02))
-    a.legend()
+    a.legend(loc="lower right")
     if table:
         b.semilogx(*zip(*table), "o-", base=2)
         b.set(title="accuracy by length (dotted: trained)", xlabel="tokens", ylim=(0, 1.02))
@@ -556,7 +556,7 @@ def draw_picture(args, models, history, x, table):
             for bar, hit, by, t in zip(bars, data, near, x):
                 kind = "data" if hit else "marker" if t == 15 else "the 3 places after it"
                 bar.set_color(color[kind] if hit or by or t == 15 else "lightgray")
-            b.legend([b.bar(0, 0, color=c) for c in color.values()], color, loc="upper left")
+            b.legend([b.bar(0, 0, color=c) for c in color.values()], color, loc="upper center")
         else:
             b.set_xticks(range(len(dt)), [chr(t) if 32 < t < 127 else " " for t in x.tolist()])
     fig.savefig(os.path.join(args.out, "mamba.png"), dpi=110)

@@ -416,6 +416,7 @@ def test_classes_that_only_the_held_out_images_have(tmp_path):
     path, y = tmp_path / "sorted.npz", np.arange(40) // 19  # class 2 in the last tenth alone
     data = ["--data", str(save_npz(path, y_train=y)), "--out", str(tmp_path), "--device", "cpu"]
     options = "--steps 1 --batch-size 8 --dim 8 --depth 1 --heads 1".split()
+    assert vit.parse([*data, *options])[2]["regularised"][0].head.out_features == 3
     assert vit.main([*data, *options]) == 0
 
 
