@@ -243,9 +243,7 @@ def train(env, q, target, opt, memory, held_out, args, run) -> bool:
                 action = epsilon_greedy(q(obs.to(args.device)), epsilon, g)
             env.send(action.numpy())  # the emulators play in their own threads ...
             due = (run["step"] + N) // args.train_every - run["step"] // args.train_every
-            for _ in range(
-                due if len(memory) >= args.warmup else 0
-            ):  # ... while the network learns
+            for _ in range(due * (len(memory) >= args.warmup)):  # ... while the network learns
                 batch = [x.to(args.device) for x in memory.sample(args.batch_size, g)]
                 loss = dqn_loss(q, target, batch, args.gamma, args.loss)
                 losses.append(loss.item())

@@ -175,21 +175,18 @@ class InfiniTransformer(nn.Module):
         memory, tail = None, ids
         for _ in range(n):
             while tail.shape[1] > self.segment:
-                memory, tail = (
-                    self.read(tail[:, : self.segment], memory)[1],
-                    tail[:, self.segment :],
-                )
+                full, tail = tail[:, : self.segment], tail[:, self.segment :]
+                memory = self.read(full, memory)[1]
             token = self.read(tail, memory)[0][:, -1:].argmax(-1)
             tail, ids = torch.cat([tail, token], 1), torch.cat([ids, token], 1)
         return ids
 
     def memory_bytes(self, length: int) -> tuple[int, int]:
         """-> bytes of this model's memory, and of a key-value cache for `length` tokens."""
-        d, size = self.embedding.weight.shape[1], self.embedding.weight.element_size()
+        d, layers = self.embedding.weight.shape[1], len(self.blocks)
         per_head = d // self.blocks[0].attention.heads
-        return len(self.blocks) * d * (per_head + 1) * size, 2 * len(
-            self.blocks
-        ) * d * length * size
+        each = layers * d * self.embedding.weight.element_size()  # a number per channel and layer
+        return each * (per_head + 1), each * 2 * length
 
 
 # ---- 4. Data: a batch is a function of (seed, step) ----
@@ -288,17 +285,15 @@ def draw_picture(args, models, history, table, depths):
     for axis, name in zip(axes, models):
         grid = torch.tensor(list(table[name].values())).T  # (depths, lengths)
         picture = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for (i, j), value in zip(
-            ((i, j) for i in range(3) for j in range(len(grid[0]))), grid.flatten()
-        ):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center")
+        for i, row in enumerate(grid.tolist()):
+            for j, value in enumerate(row):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center")
         axis.set_xticks(range(len(grid[0])), [str(length) for length in table[name]])
         axis.set_yticks(range(3), depths)
         axis.set(title=f"whole key right: {name}", xlabel="tokens", ylabel="the key stands at the")
     fig.colorbar(picture, ax=axes[1])
-    gates = (
-        torch.stack([b.attention.beta for b in models["memory"].blocks]).detach().sigmoid().cpu()
-    )
+    gates = torch.stack([block.attention.beta for block in models["memory"].blocks])
+    gates = gates.detach().sigmoid().cpu()
     axes[2].imshow(gates, vmin=0, vmax=1, cmap="coolwarm")
     for i, row in enumerate(gates.tolist()):
         for j, value in enumerate(row):

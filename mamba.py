@@ -546,11 +546,8 @@ def draw_picture(args, models, history, x, table):
         b.set(title="step size Delta in the last layer, median of the channels", xlabel="position")
         bars = b.bar(range(len(dt)), dt, 1.0, color="lightgray")
         if args.task == "copying":
-            color = {
-                "data": "tab:red",
-                "the 3 places after it": "lightsalmon",
-                "marker": "tab:blue",
-            }
+            color = {"data": "tab:red", "the 3 places after it": "lightsalmon"}
+            color["marker"] = "tab:blue"
             data = (x > 0) & (x < 15)  # the convolution shows a token to four positions
             near = F.pad(data[None].float(), (3, 0)).unfold(1, 4, 1).amax(-1)[0]
             for bar, hit, by, t in zip(bars, data, near, x):
@@ -598,10 +595,8 @@ def parse(argv):
             if not isinstance(state, dict) or state.get("script") != "mamba":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
         own = state["args"] | {"steps": state["step"]} if args.load else {}
-        args.task, args.data = (
-            own.get("task") or args.task or "copying",
-            args.data or own.get("data"),
-        )
+        args.task = own.get("task") or args.task or "copying"
+        args.data = args.data or own.get("data")
         for name, (*values, quick, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
                 default = quick if args.quick else values[TASKS.index(args.task)]

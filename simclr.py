@@ -272,9 +272,8 @@ def load_data(path: str) -> list[Tensor]:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        images, labels = (
-            [torch.from_numpy(file[f"{a}_{b}"]) for b in ("train", "test")] for a in "xy"
-        )
+        images = [torch.from_numpy(file[k]) for k in ("x_train", "x_test")]
+        labels = [torch.from_numpy(file[k]) for k in ("y_train", "y_test")]
     x, x_test = (t.view(*t.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for t in images)
     y, y_test = (t.reshape(len(t), -1)[:, 0].long() for t in labels)
     good = {t.dtype for t in images} == {torch.uint8} and x.shape[1:] == x_test.shape[1:]
