@@ -371,19 +371,15 @@ def parse(argv):
         data = load_images(args.data)
         if args.batch_size > len(data[0]) or not len(data[1]):
             raise ValueError(f"{args.data}: only {len(data[0])} images to train on")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         torch.zeros(1, device=args.device)
-        for path in filter(None, (args.save, os.path.join(args.out, "cvae.png"))):
-            if path != args.save:
-                os.makedirs(args.out, exist_ok=True)
-            open(path + ".tmp", "wb").close()  # fail now, not after the training
-            os.remove(path + ".tmp")
-            if os.path.isdir(path):
-                raise IsADirectoryError(f"{path} is a folder")
+        os.makedirs(args.out, exist_ok=True)
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, loaded, data
 
 
@@ -419,7 +415,7 @@ def main(argv=None) -> int:
         if state["step"] < args.steps:
             stopped = train_models(models, optimizer, splits, images, val, args, state)
     except FloatingPointError as error:
-        print(f"cvae.py: {error}; stopped", file=sys.stderr)
+        print(f"cvae.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -571,7 +571,7 @@ def parse(argv):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
                 raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, model, ema, optimizer, state
 
 

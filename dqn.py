@@ -455,7 +455,7 @@ def parse(argv):
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):  # not at the end
-                raise ValueError(f"cannot write to {folder}, or --save {args.save} is a folder")
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, ckpt, (env, q, target, opt, memory, run)

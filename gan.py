@@ -502,7 +502,7 @@ def main(argv=None) -> int:
         if state["step"] < args.steps:
             stopped = train(pairs, data, args, state)
     except FloatingPointError as error:
-        print(f"gan.py: {error}; stopped", file=sys.stderr)
+        print(f"gan.py: stopped: {error}", file=sys.stderr)
         return 1
     fd, x = evaluate(pairs, data, args)
     draw_picture(args, pairs, state["history"], x, data[0] / 255)

@@ -353,9 +353,8 @@ def parse(argv):
         for name, (_, _, low, high, _) in DEFAULTS.items():
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         torch.zeros(1, device=args.device)
         models, optimizers = {}, {}
         for name in ("memory", "local"):
@@ -371,12 +370,10 @@ def parse(argv):
             if ckpt:
                 models[name].load_state_dict(ckpt["models"][name])
                 optimizers[name].load_state_dict(ckpt["optimizers"][name])
-        if args.save and os.path.isdir(args.save):
-            raise ValueError(f"--save {args.save} is a folder")
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK):  # fails now, not after the training
-                raise ValueError(f"cannot write to the folder {folder}")
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, models, optimizers, ckpt.get("step", 0), ckpt.get("history", [])

@@ -478,7 +478,7 @@ def parse(argv):
                 optimizers[name].load_state_dict(ckpt["optimizers"][name])
                 state = {key: ckpt[key] for key in state}
     except Exception as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, models, optimizers, state
 
 

@@ -389,15 +389,12 @@ def parse(argv):
         data = load_images(args.data)
         if args.batch_size > len(data[0]):
             raise ValueError(f"--batch-size must be at most {len(data[0])}, the training images")
-        if args.device == "auto":
-            cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-            args.device = "cuda" if cuda else "mps" if mps else "cpu"
+        if args.device == "auto":  # cuda, mps or what else there is
+            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save, os.path.join(args.out, "vae.png"))):
-            if os.path.isdir(path):
-                raise IsADirectoryError(f"{path} is a folder")
-            open(path + ".tmp", "wb").close()  # fails now, not after the training
-            os.remove(path + ".tmp")
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):
+            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
         torch.manual_seed(args.seed)
         shape, latents = data[0].shape[1:], (args.latent_dim, 2)  # the 2-D twin is for the picture
         models = [VAE(shape, J, args.hidden, args.likelihood) for J in latents]
@@ -408,7 +405,7 @@ def parse(argv):
             optimizer.load_state_dict(loaded["optimizer"])
             state = {key: loaded[key] for key in state}
     except Exception as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, models, optimizer, state
 
 

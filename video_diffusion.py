@@ -506,7 +506,7 @@ def parse(argv):
             if getattr(args, name) is None:
                 setattr(args, name, own.get(name, values[args.quick]))
             if not least <= getattr(args, name) <= most:
-                raise ValueError(f"--{name.replace('_', '-')} must be in {least}..{most}")
+                raise ValueError(f"--{name.replace('_', '-')} must lie between {least} and {most}")
         data = load_videos(args.data)
         (x, y, _), digits = data[0], args.data == "digits"
         shape, T = ([1, 16, 16], math.inf) if digits else ([*x.shape[2:]], x.shape[1])
@@ -524,7 +524,7 @@ def parse(argv):
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):  # now, not at the end
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to {folder}, or --save {args.save} is a folder")
+                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
         if args.device == "auto":  # cuda, mps or what else there is
             args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         ema = copy.deepcopy(model.to(args.device)).requires_grad_(False)
