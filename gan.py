@@ -490,7 +490,7 @@ def main(argv=None) -> int:
     t0, stopped, (G, D, average, *_) = time.time(), False, pairs["GAN"]
     count = sum(p.numel() for m in (G, D) for p in m.parameters()) / 1e6
     sizes = f"{len(data[0])}/{len(data[2])}" if data else f"step {state['step']}"
-    kind = f"{args.data if data else args.load} {sizes}"
+    kind = f"{os.path.basename(args.data if data else args.load)} {sizes}"
     print(f"gan | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True)
     if not data:
         z, y = noise(args, args.samples, args.seed)

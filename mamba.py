@@ -605,8 +605,8 @@ def parse(argv):
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError("--batch-size must be a multiple of the number of processes")
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            os.makedirs(args.out, exist_ok=True)  # what can't be written fails now, not at the end
+        os.makedirs(args.out, exist_ok=True)
+        for folder in (args.out, os.path.dirname(args.save or "") or "."):  # now, not at the end
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
                 raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
         if args.device == "auto":  # cuda, mps or what else there is

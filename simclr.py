@@ -503,7 +503,7 @@ def main(argv=None) -> int:
     t0, rank, model, stop = time.time(), rank_and_world()[0], runs["SimCLR"].model, []
     if rank == 0:
         count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-        kind = f"{args.data} {args.images}/{len(data[2])}"
+        kind = f"{os.path.basename(args.data)} {args.images}/{len(data[2])}"
         print(f"simclr | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:

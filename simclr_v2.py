@@ -417,7 +417,8 @@ def main(argv=None) -> int:
     args, (x, y, x_test, y_test), state = parse(argv)
     net, t0 = resnet(*ENCODERS[args.encoder]), time.time()
     print(f"simclr_v2 | {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters", end="")
-    print(f" | {args.device} | seed {args.seed} | {args.data} {len(x)}/{len(x_test)}", flush=True)
+    kind = f"{os.path.basename(args.data)} {len(x)}/{len(x_test)}"
+    print(f" | {args.device} | seed {args.seed} | {kind}", flush=True)
     before = signal.signal(signal.SIGINT, lambda *_: state["stop"].append(1))  # ends after a step
     models, shown = {}, {}
     try:

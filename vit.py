@@ -632,7 +632,7 @@ def main(argv=None) -> int:
     args, (*train_val, x_test, y_test), runs, state = parse(argv)
     model, trained, _ = next(iter(runs.values()))
     t0, status, accs, line = time.time(), 0, {}, f"drew {args.data}"
-    count, kind = sum(p.numel() for p in model.parameters()) / 1e6, args.data
+    count, kind = sum(p.numel() for p in model.parameters()) / 1e6, os.path.basename(args.data)
     kind += f" {len(train_val[0])}/{len(x_test)}" if train_val else ""
     if args.rank == 0:
         text = f"vit | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}"
