@@ -21,14 +21,14 @@ Symbols  x | x | image (B, D), D = H W; in {0, 1} for the Bernoulli likelihood
          elbo | L(theta, phi; x) | the lower bound, in nats per image
 Differs  Adam with a cosine, no prior on theta (paper: Adagrad, small weight decay). As in Burda et
          al. (1509.00519) pixels are binarised anew at each step, and there are two layers of 200
-         units, not one of 500. log p(x) by importance sampling, not Appendix D's MCMC.
+         units, 400 for a file, not one of 500. log p(x) by importance sampling, not Appendix D.
 Run      python vae.py                        # 8x8 digits, under a minute of one free CPU core
          python vae.py --load FILE            # no training: table, picture, out/vae_samples.npy
-         python vae.py --data mnist.npz       # 28x28, 80,000 steps, some 12 minutes of one core
+         python vae.py --data mnist.npz       # 28x28, 175,000 steps, some 50 minutes of one core
 Expect   digits, test, nats per image, 3 seeds: bound -22.35 +- .02 (k = 500), ELBO -22.73 +- .02 |
          independent pixels -27.24, class mixture -24.17. FD .77 +- .17, worse than a Gaussian per
-         class .43 (one Gaussian 1.45, floor .21). MNIST, seed 0: bound -90.50, ELBO -93.76, FD 1.14
-         (.39 to 5.74 on its scale); Burda et al. -86.76 after 19 times as many passes.
+         class .43 (one Gaussian 1.45, floor .21). MNIST, seed 0: bound -86.26, ELBO -90.04, FD .89
+         (.39 to 5.74 on its scale); 80,000 steps with 200 units: -90.50. Burda et al. -86.76 (200).
 """
 
 import argparse
@@ -355,8 +355,8 @@ def parse(argv):
     flag("--data", help="digits (default) or a .npz file as Keras's mnist.npz (paper: MNIST)")
     flag("--likelihood", choices=["bernoulli", "gaussian"], help="p(x|z), default bernoulli")
     flag("--latent-dim", type=int, help="size of z: default 10, 50 for a file (paper: 2 to 200)")
-    flag("--hidden", type=int, nargs="+", help="units per layer, default 200 200 (paper: 500)")
-    flag("--steps", type=int, help="default 6,000, 80,000 for a file")
+    flag("--hidden", type=int, nargs="+", help="units: default 200 200, files 400 400 (paper: 500)")
+    flag("--steps", type=int, help="default 6,000, 175,000 for a file")
     flag("--batch-size", type=int, help="default 128 (paper: 100)")
     flag("--lr", type=float, help="Adam's rate at first, falls to 0 as a cosine: default 2e-3")
     flag("--k", type=int, help="importance samples of the last bound (500; Burda et al.: 5000)")
@@ -378,8 +378,8 @@ def parse(argv):
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
             defaults = [(loaded["args"] | {"steps": loaded["step"]})[name] for name in names]
         elif not args.quick:
-            sizes = (10, 6000) if args.data in (None, "digits") else (50, 80_000)
-            defaults = (*defaults[:4], [200, 200], 128, 500, *sizes)
+            digits, file = ([200, 200], 128, 500, 10, 6000), ([400, 400], 128, 500, 50, 175_000)
+            defaults = (*defaults[:4], *(digits if args.data in (None, "digits") else file))
         for name, value in zip(names, defaults):
             if getattr(args, name) is None:
                 setattr(args, name, value)
