@@ -564,7 +564,7 @@ def draw_picture(args, models, history, x, table):
 TASKS = ["copying", "induction", "lm"]
 DEFAULTS = {  # by task, --quick, least, most, meaning
     "steps": (1500, 2000, 2000, 4, 1, 10**8, "(paper: 400,000 for copying)"),
-    "batch_size": (64, 32, 12, 4, 1, 10**6, "sequences (paper: 64, induction 8)"),
+    "batch_size": (48, 32, 12, 4, 1, 10**6, "sequences (paper: 64, induction 8)"),
     "length": (128, 256, 64, 40, 20, 10**7, "tokens (paper: 4096, 256)"),
     "lr": (6e-3, 3e-3, 4e-3, 1e-3, 1e-12, 9.0, "peak rate (paper: 1e-4, 1e-3)"),
     "seed": (0, 0, 0, 0, 0, 10**8, "of weights and batches"),
