@@ -28,12 +28,12 @@ Differs  W_q to W_o have biases, as everywhere by now, and start as Glorot says;
          weights 50 steps apart, not 10 minutes, as it has to end in minutes.
          LanguageModel and Classifier are later uses of the layers; the paper has neither.
 Run      python transformer.py                         # dates to ISO, about 3 minutes on one core
-         python transformer.py --data pairs.tsv        # source TAB target; 70 minutes of one core
+         python transformer.py --data pairs.tsv        # source TAB target; 50 minutes of one core
          python transformer.py --task lm --data FILE   # characters of a text
          python transformer.py --task classify         # digits as 64 tokens
 Expect   dates: 1.0000 +- .0000 of 2,000 unseen days exact (seeds 0-2) | copying: 0.07
-         29,000 German-English captions (Multi30k), seed 0, ended after 2,008 of 4,600 steps, 30
-         minutes of one core: test BLEU 31.1 (lower case, sacrebleu), copying 0.8; not run further.
+         29,000 German-English captions (Multi30k), seed 0: test BLEU 37.7 (lower case, sacrebleu;
+         copying 0.8) after 6.6 passes; 2,008 steps at factor 1, warm-up 1,500, had given 31.1.
          lm, tinyshakespeare, seed 0: 1.745 nats a character | nanoGPT at this size and budget 1.88
 """
 
