@@ -24,11 +24,13 @@ Differs  Leaky ReLU for maxout in D, no dropout; tanh and data in [-1, 1]; Adam 
          keeps torch's initialisation (its paper: std .02) and, for R1, no batch norm in D.
          8x8 digits. Parzen: 1,000 samples, sigma chosen on the last sixth of the training images.
 Run      python gan.py                     # both pairs on 8x8 digits, about 2 minutes, one core
-         python gan.py --data mnist.npz    # DCGAN pair, 28x28; not run to its end yet
+         python gan.py --data mnist.npz    # DCGAN pair, 28x28, about 13 minutes, one core
          python gan.py --load gan.pt --samples 64   # out/gan_samples.npz, without data or training
 Expect   Test FD (0 is perfect), seeds 0-2: GAN 0.24 +- 0.04 | Algorithm 1 0.94 +- 0.28 | a Gaussian
          per class 0.43 | one Gaussian 1.46 | training images, the floor, 0.17. Parzen (8x8, not
          comparable with 225 +- 2 in Table 1) 21.4 | 19.9 | training images 28.1
+         MNIST, seed 0: FD 0.85 | a Gaussian per class 1.59 | one 5.74 | floor 0.39; precision .82,
+         recall .92; every class in 6 to 13 % of 1,000 samples; Parzen 31.1 | training images 114.5
 """
 
 import argparse
