@@ -477,7 +477,7 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
         (["--out", "a-file/x"], "a-file"),
         (["--save", "."], "folder"),
         (["--load", "other.pt"], "not a checkpoint of this script"),
-        (["--load", "few.npz"], "Error"),
+        (["--load", "few.npz"], "archive"),
     ],
     ids=lambda v: "_".join(v) if isinstance(v, list) else "",
 )
