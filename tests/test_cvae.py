@@ -429,8 +429,7 @@ def test_bad_input_exits_2_with_one_line(tmp_path, monkeypatch, capsys):
     files = "cut pickled float colour thin sizes few half empty text none".split()
     cases = [["--data", f"{name}.npz"] for name in files]
     cases += [["--load", f"{name}.pt"] for name in ("other", "list", "hollow", "none")]
-    cases += [["--load", "good.npz"], ["--out", "file/o"]]
-    cases += [["--out", ".", "--save", "none/c.pt"], ["--out", ".", "--save", "."]]
+    cases += [["--load", "good.npz"], ["--out", "file/o"], ["--save", "none/c.pt"], ["--save", "."]]
     cases += [["--steps", "0"], ["--lr", "0"], ["--lr", "nan"], ["--batch-size", "5000"]]
     cases += [["--alpha", "2"], ["--dropout", "1"], ["--device", "tpu"], ["--nonsense"]]
     cases += [["--z-dim", "0"], ["--samples", "0"], ["--seed", "10" * 10]]
