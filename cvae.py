@@ -340,7 +340,7 @@ def parse(argv):
     flag("--z-dim", type=int, help="size of z, default 20 for digits, else 50")
     flag("--dropout", type=float, help="of all networks, default 0")
     flag("--samples", type=int, help="S of Eq. 5-6 at the end, default 1000 for digits, else 100")
-    flag("--seed", type=int, default=0, help="default 0")
+    flag("--seed", type=int, help="default 0")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
@@ -356,8 +356,8 @@ def parse(argv):
             if not isinstance(loaded, dict) or loaded.get("script") != "cvae":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
             saved = {**loaded["args"], "steps": loaded["step"]}
-            args.seed = saved["seed"]
         args.data = args.data or saved.get("data", "digits")
+        args.seed = saved.get("seed", 0) if args.seed is None else args.seed
         sizes = (10_000, 128, 1e-3, 1.0, 128, 20, 0.0)
         sizes = sizes if args.data == "digits" else (12_000, 128, 1e-3, 1.0, 500, 50, 0.0)
         for name, value in zip(names, (10, 32, 1e-3, 1.0, 32, 4, 0.0) if args.quick else sizes):
@@ -375,9 +375,8 @@ def parse(argv):
         if args.device == "auto":  # cuda, mps or what else there is
             args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         torch.zeros(1, device=args.device)
+        os.makedirs(args.out, exist_ok=True)
         for path in filter(None, (args.save, os.path.join(args.out, "cvae.png"))):
-            if path != args.save:
-                os.makedirs(args.out, exist_ok=True)
             open(path + ".tmp", "wb").close()  # fail now, not after the training
             os.remove(path + ".tmp")
             if os.path.isdir(path):

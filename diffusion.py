@@ -363,6 +363,7 @@ def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
             for tensor in (loss, ended, *(p.grad for p in parameters)):
                 dist.all_reduce(tensor.div_(world))
         if not torch.isfinite(loss):
+            signal.signal(signal.SIGINT, before)
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         nn.utils.clip_grad_norm_(parameters, 1.0)
         rate = min(1, step / (0.02 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
@@ -551,12 +552,15 @@ def parse(argv):
                 setattr(args, name, own.get(name, values[3 if args.quick else size]))
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
-        if not 0 <= (args.ddim or 0) <= args.T or not -1 <= args.label < state["classes"]:
+        ddim = 1 if args.ddim is None else args.ddim
+        if not 1 <= ddim <= args.T or not -1 <= args.label < state["classes"]:
             raise ValueError(f"--ddim must be in 1..T = {args.T}, --label a class of the data")
         if args.batch_size % world or data and args.batch_size > len(data[0]):
             raise ValueError("--batch-size is more than the images, or doesn't divide by processes")
         if args.device == "auto":  # cuda, mps or what else there is
             args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.manual_seed(args.seed)
         mults = tuple(int(m) for m in args.mults.split())
         net = state["shape"][0], args.dim, mults, args.blocks, (len(mults) - 1 if size < 2 else 1,)
@@ -579,14 +583,14 @@ def parse(argv):
 
 def main(argv=None) -> int:
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1:  # started by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
     args, data, model, ema, optimizer, state = parse(argv)
+    if world > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     t0, stopped, trace = time.time(), False, []
     diffusion = Diffusion(WORDS["schedule"][args.schedule](args.T), args.sigma2)
     draw = partial(generate, diffusion, ema, args, state["shape"])
+    if args.samples and rank:
+        return 0  # the first process draws them
     if args.samples:
         y, w = torch.full((args.samples,), args.label), args.w[1] * (args.label >= 0)
         images = draw(y, args.ddim, w).movedim(1, -1).squeeze(-1)
@@ -612,7 +616,11 @@ def main(argv=None) -> int:
     n, S = 60 if args.quick else 1000, args.ddim or min(20, args.T)
     images, y = images / (levels - 1), labels[:n]
     score, classify = make_judge(images, labels, test / (levels - 1))
-    hook = ema.register_forward_hook(lambda _, x_t, eps: trace.append((x_t[0][:1], eps[:1])))
+
+    def keep(_, x_t, eps):  # copies: a view would keep its whole batch
+        trace.append((x_t[0][:1].clone(), eps[:1].clone()))
+
+    hook = ema.register_forward_hook(keep)
     rows = {"DDPM": draw(torch.full((n,), -1))}
     hook.remove()
     rows["DDIM"] = draw(torch.full((n,), -1), S)

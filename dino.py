@@ -28,7 +28,7 @@ Differs  The demo balances the teacher's outputs by Sinkhorn-Knopp (--balance ce
          momentum starts at .8: a short run needs many generations. The head has batch norm (--head
          plain: the paper's), the backbone starts with convolutions (--stem patch). No local crops
          (--local-views): a third of a canvas shows no digit. Rotation and more hue, no blur, no
-         solarising, no flips. Weights start at Xavier's scale.
+         solarising, no flips. Weights start at Xavier's scale. Warm-up and cosine multiply.
 Run      python dino.py                    # canvas digits, 8 minutes on one core
          python dino.py --data cifar10.npz --patch-size 4 --dim 192 --depth 9 --heads 3 --flip 0.5
                 --K 4096 --hidden 1024 --bottleneck 256 --rotate 0 --hue 0.1 --grey 0.2
@@ -238,7 +238,8 @@ class DINOHead(nn.Module):
 
 
 class Network(nn.Module):
-    """g: a list of views (B, 3, H_i, W_i) -> outputs (V B, K), view by view."""
+    """g: a list of views (B, 3, H_i, W_i) -> outputs (V B, K), view by view. Views of one size must
+    stand together in the list."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
@@ -323,7 +324,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
 
-# ---- 4. Views (Section 3.1, "multi-crop"; Appendix C) and data ----
+# ---- 4. Views (Section 3.1, "multi-crop"; Appendix E) and data ----
 
 
 def augment(x: Tensor, u: Tensor, crop=(0.4, 1.0), size=None, rotate=0.0, flip=0.5, jitter=0.4,
@@ -485,7 +486,8 @@ def train(runs: dict, data, args, state: dict | None = None) -> bool:
             else:
                 with torch.no_grad():
                     t = teacher(views[:2])  # the teacher sees the global views only
-                tau_t, lr = cosine(*tau, step, args.tau_warmup * steps), args.lr
+                part = min(1.0, step / (args.tau_warmup * steps))  # linear, as the paper's
+                tau_t, lr = tau[0] + (tau[1] - tau[0]) * part, args.lr
                 loss = loss_fn(s, t, tau_t)  # Eq. 3
                 h, kl = collapse_measures(s.detach(), t, loss_fn, tau_t)
             optimizer.zero_grad(); loss.backward()  # fmt: skip
@@ -648,7 +650,7 @@ def parse(argv):
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
-    flag("--load", help="checkpoint to evaluate, to go on with (more --steps), or official weights")
+    flag("--load", help="checkpoint: the rest of its --steps, then judged; or official weights")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, help="exit 1 if the linear probe with few labels is below this")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))

@@ -22,7 +22,8 @@ Differs  Leaky ReLU for maxout in D, no dropout; tanh and data in [-1, 1]; Adam 
          G's default loss is Section 3's -log D and not Algorithm 1's; the pair named "GAN" adds two
          later finds, R1 and an average of G. "Algorithm 1" has neither and saturates. DCGAN's pair
          keeps torch's initialisation (its paper: std .02) and, for R1, no batch norm in D.
-         8x8 digits. Parzen: 1,000 samples, sigma chosen on the last sixth of the training images.
+         8x8 digits. Parzen: 1,000 samples; sigma is chosen on the last sixth of the training images
+         (1,000 at most), which G has seen, too.
 Run      python gan.py                     # both pairs on 8x8 digits, about 2 minutes, one core
          python gan.py --data mnist.npz    # DCGAN pair, 28x28, about 13 minutes, one core
          python gan.py --load gan.pt --samples 64   # out/gan_samples.npz, without data or training
@@ -52,7 +53,7 @@ from torch import Tensor
 
 def append_label(x: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
     """x (B, C, ...), y (B,) -> (B, C + num_classes, ...): all that a conditional GAN changes
-    (Section 6; Mirza & Osindero 2014). One-hot, in images as constant maps. A label that is missing
+    (Section 7; Mirza & Osindero 2014). One-hot, in images as constant maps. A label that is missing
     or not expected raises ValueError."""
     if (y is None) != (num_classes == 0):
         raise ValueError(f"num_classes={num_classes} {'needs' if y is None else 'takes no'} labels")
@@ -250,6 +251,7 @@ def train(pairs, data, args, state) -> bool:
             loss = generator_step(G, D, opt_G, *batches[-1][1:], saturating)
             update_average(average, G, decay)
             if not math.isfinite(game[0] + loss):
+                signal.signal(signal.SIGINT, before)
                 raise FloatingPointError(f"{name}: V {game[0]}, loss of G {loss} at step {step}")
             state["history"].append((step, name, *game))
         state["step"] = step
@@ -496,7 +498,9 @@ def main(argv=None) -> int:
     print(f"gan | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}", flush=True)
     if not data:
         z, y = noise(args, args.samples, args.seed)
-        x = (sample(average, z, y) * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
+        parts = zip(z.split(500), [None] * len(z) if y is None else y.split(500))
+        x = torch.cat([sample(average, *part) for part in parts])
+        x = (x * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
         labels = {} if y is None else {"y": y.cpu()}
         np.savez(os.path.join(args.out, "gan_samples.npz"), x=x.cpu(), **labels)
         return 0

@@ -20,8 +20,8 @@ Symbols  q, k, v | Q, K, V | (B, h, N, d)         sigma | sigma | ELU + 1, posit
          A_mem, A_dot | read from memory, from the segment (B, h, N, d)    beta | beta | gate (h,)
 Differs  Rotary positions in the local part (the paper leaves the base model's). The demo trains a
          small decoder from nothing on keys of three digits among 16 filler words; the paper tunes
-         an LLM on keys of five among repeated English. The key never straddles two segments. beta
-         has a rate of its own, 10 times the others', and W_Q, W_K, W_V start twice as large as
+         an LLM on keys of up to five among repeated English. The key never straddles two segments.
+         beta has a rate of its own, 10 times the others', and W_Q, W_K, W_V start twice as large as
          torch's, so that sigma tells tokens apart from the start.
 Run      python infini_attention.py                    # passkeys, 6 minutes on one core
          python infini_attention.py --update delta     # Eq. 5 in place of Eq. 4
@@ -106,15 +106,17 @@ class InfiniAttention(nn.Module):
         # Eq. 2: softmax(q k^T / sqrt(d)) v with a causal mask, positions counted in the segment
         A = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         if not self.local_only:
+            wide = torch.promote_types(v.dtype, torch.float32)  # in bfloat16 sums stop to grow
             if memory is None:
-                d = D // self.heads
-                memory = v.new_zeros(B, self.heads, d, d), v.new_zeros(B, self.heads, d)
+                M = v.new_zeros(B, self.heads, v.shape[3], v.shape[3], dtype=wide)
+                memory = M, M[..., 0]
             # no positions here: they would tie what is stored to a place in its segment. Read
             # before written: what this segment adds would show its tokens their own future
-            A_mem = retrieve(q, *memory)
-            memory = update(k, v, *memory, self.delta)
+            with torch.autocast(x.device.type, enabled=False):
+                A_mem = retrieve(q.to(wide), *memory)
+                memory = update(k.to(wide), v.to(wide), *memory, self.delta)
             gate = torch.sigmoid(self.beta)[:, None, None]
-            A = gate * A_mem + (1 - gate) * A  # Eq. 6
+            A = (gate * A_mem + (1 - gate) * A).to(v.dtype)  # Eq. 6
         return self.out(A.transpose(1, 2).reshape(B, N, D)), memory  # Eq. 7
 
 
@@ -232,6 +234,7 @@ def train(models, optimizers, args, start=0, history=()):
             logits = model(x[:, -args.segment :] if name == "local" else x, last=DIGITS)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
             if not torch.isfinite(loss):
+                signal.signal(signal.SIGINT, before)
                 raise FloatingPointError(f"the {name} model's loss is {loss.item()} at step {step}")
             for group in optimizers[name].param_groups:
                 group["lr"] = group["peak"] * rate
@@ -370,6 +373,8 @@ def parse(argv):
             if ckpt:
                 models[name].load_state_dict(ckpt["models"][name])
                 optimizers[name].load_state_dict(ckpt["optimizers"][name])
+                for g, new in zip(optimizers[name].param_groups, groups):
+                    g["peak"] = new["peak"]  # what --lr says, not the checkpoint
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):

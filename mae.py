@@ -20,9 +20,10 @@ Symbols  (the paper has no formulas)                 x_p, target | patches (B, N
          ids_keep | places of the visible patches (B, n)   ids_restore | (B, N) undoes the shuffle
          dim, depth, decoder_dim, decoder_depth | widths D, D_dec and numbers of layers
 Differs  The number of visible patches is rounded, not cut off: 10 patches at 90 % leave 1, not 0.
-         Gradients are clipped at norm 1, for a high rate and few steps. Fine-tuning has no
-         layer-wise decay, MixUp, stochastic depth, so that it is the recipe from scratch, too; the
-         probe is a logistic regression on the mean of the patches' tokens, without batch norm.
+         Gradients are clipped at norm 1, for a high rate and few steps; warm-up and cosine
+         multiply. Fine-tuning is the recipe from scratch, too: beta_2 .95, turns of 10 degrees, and
+         no layer-wise decay, stochastic depth, MixUp, CutMix, RandAugment, smoothing. The probe: a
+         logistic regression on the mean of the patches' tokens, without batch norm.
          Demo: 16 patches of 8 pixels, so half of them hidden and not 75 %; targets not normalised.
 Run      python mae.py                           # canvas digits, 8 minutes on one core
          python mae.py --data cifar10.npz --patch-size 4 --dim 192 --depth 12 --heads 3 --flip 0.5
@@ -121,7 +122,7 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(dim: int, grid) -> Tensor:
-    """Fixed positions (1, 1 + N, dim): sines, cosines of the column, then of the row (Section 3).
+    """Fixed positions (1, 1 + N, dim): sines, cosines of the column, then of the row (A.1).
     The column comes first because official weights expect it so; the class token's row is zero."""
     if dim % 4:
         raise ValueError(f"dim {dim} is not a multiple of 4, which 2-D positions need")
@@ -403,7 +404,7 @@ def train(model, optimizer, x: Tensor, x_val: Tensor | None, args, state: dict, 
                 loss, _, _ = model(views, args.mask_ratio, noise)
             else:
                 loss = F.cross_entropy(model(views), y[rows])
-            rate = min(1, step / max(1, args.warmup * args.steps))  # then half a cosine down to 0
+            rate = min(1, step / max(1, args.warmup * args.steps))  # times half a cosine down to 0
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * (rate * (1 + math.cos(math.pi * step / args.steps)) / 2)
             optimizer.zero_grad(); loss.backward()  # fmt: skip
@@ -515,7 +516,7 @@ def evaluate(encoder, data, rows: Tensor) -> list[float]:
 
 def study(model: MAE, data, x_val: Tensor, args):
     """What pre-training is worth, printed: fine-tuning on few labels against the same recipe from
-    scratch (Section 5), frozen features, and short runs at three mask ratios (Figure 5) with the
+    scratch (Section 4), frozen features, and short runs at three mask ratios (Figure 5) with the
     encoder's time (Table 2). -> accuracies by (labels, start), [(ratio, linear, ms)]."""
     (x, y, x_test, y_test), random, accs, nets, curve = data, build(args, data[0]), {}, {}, []
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed)).to(x.device)
@@ -590,7 +591,7 @@ DEFAULTS = {  # default, least, most, meaning
     "weight_decay": (0.05, 0, 99, "decoupled weight decay (paper: 0.05)"),
     "mask_ratio": (0.5, 0, 1, "share of the patches that are hidden (paper: 0.75)"),
     "norm_pix": (0, 0, 1, "1: normalise the target patch by patch (paper: 1)"),
-    "crop": (0.6, 0.01, 1, "least share of the area in a crop (paper: 0.2)"),
+    "crop": (0.6, 0.01, 1, "least share of the area in a crop (paper: 0.2), from 0.75 on less"),
     "flip": (0.0, 0, 1, "probability of mirroring (paper: 0.5, which digits don't bear)"),
     "patch_size": (8, 1, math.inf, "pixels (paper: 16 of 224)"),
     "dim": (64, 4, math.inf, "the encoder's width (paper: 1024)"),
@@ -624,6 +625,8 @@ def parse(argv):
     try:
         if args.device == "auto":  # cuda, mps or what else there is
             args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=args.device)
         if args.load:
             ckpt = torch.load(args.load, map_location="cpu", weights_only=True)
@@ -653,6 +656,7 @@ def parse(argv):
             if ckpt:
                 model.load_state_dict(ckpt["model"])
                 optimizer.load_state_dict(ckpt["optimizer"])
+                optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag goes first
                 state = {k: ckpt[k] for k in state}
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
@@ -665,11 +669,9 @@ def parse(argv):
 
 def main(argv=None) -> int:
     rank, world = (int(os.environ.get(*k)) for k in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1:  # started by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()  # gloo for tensors on the CPU, nccl for those on a GPU
     args, data, model, optimizer, state = parse(argv)
+    if world > 1:  # started by torchrun
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     t0, accs, curve, stopped = time.time(), {}, [], False
     x_test, pixels = (data[2], "half") if state else (data, "imagenet")
     if rank == 0:

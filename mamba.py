@@ -126,7 +126,7 @@ def _compiled(kernel):
         except Exception as error:
             if run is kernel or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).strip().splitlines()[0][:120]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             print(f"mamba: no compiler for the scan ({reason}); it runs eagerly", file=sys.stderr)
             run = kernel
             return run(*args)
@@ -164,7 +164,7 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, dt, A, B, C, h0, T, compile):
         batch, L, _ = u.shape
-        lanes, enough = batch * A.numel(), 2**13 if u.device.type == "cpu" else 2**18
+        lanes, enough = max(1, batch * A.numel()), 2**13 if u.device.type == "cpu" else 2**18
         # S > 1 costs the work twice: only for a machine that is far from busy, then generously
         S = 1 if lanes >= enough else max(1, min(8 * enough // lanes, L // (2 * T)))
         A_t, h = A.t().contiguous(), h0.transpose(1, 2).contiguous()  # (N, D), (B, N, D)
@@ -300,9 +300,8 @@ class MambaBlock(nn.Module):
         K = self.conv1d.weight.shape[-1]
         past = x.new_zeros(x.shape[0], K - 1, x.shape[2]) if state is None else state[0].to(x.dtype)
         x = torch.cat([past, x], 1)
-        past, L = x[:, x.shape[1] - K + 1 :], x.shape[1] - K + 1
-        taps = self.conv1d.weight[:, 0].unbind(-1)  # depthwise: K scaled shifts, added up
-        u = F.silu(sum(x[:, k : k + L] * w for k, w in enumerate(taps)) + self.conv1d.bias)
+        past = x[:, x.shape[1] - K + 1 :]
+        u = F.silu(self.conv1d(x.transpose(1, 2))).transpose(1, 2)  # causal: no padding behind
         A, h = -torch.exp(self.A_log.float()), None if state is None else state[1]
         if self.selective:
             dt, B, C = self.select(u)
@@ -312,6 +311,7 @@ class MambaBlock(nn.Module):
         else:
             if state is not None:
                 raise ValueError("the LTI ablation runs as a convolution and takes no state")
+            u = u if mask is None else u * mask[..., None]  # its step is fixed: no input instead
             y = lti_convolution(u.float(), F.softplus(self.dt_bias), A, self.B, self.C, self.D)
         return self.out_proj(y.to(z.dtype) * F.silu(z)), (past, h)
 
@@ -438,7 +438,7 @@ def batch(args, step: int, length: int | None = None):
     if args.task == "lm":
         ids = text_batch(args.batch_size, args.length, g, args.text)
     else:  # a curriculum, the same for all models: the sequences grow
-        part = min(1.0, step / (0.75 * args.steps))
+        part = min(1.0, step / ((0.9 if args.task == "copying" else 0.75) * args.steps))
         length = length or 16 + int((args.length - 16) * part**2)
         make = copying_batch if args.task == "copying" else induction_batch
         ids = make(args.batch_size, length, g)
@@ -596,7 +596,9 @@ def parse(argv):
             if not isinstance(state, dict) or state.get("script") != "mamba":
                 raise ValueError(f"{args.load} is not a checkpoint of this script")
         own = state["args"] | {"steps": state["step"]} if args.load else {}
-        args.task = own.get("task") or args.task or "copying"
+        args.task = args.task or own.get("task", "copying")
+        if args.task != own.get("task", args.task):
+            raise ValueError(f"{args.load} was trained on --task {own['task']}")
         args.data = args.data or own.get("data")
         for name, (*values, quick, low, high, _) in DEFAULTS.items():
             if getattr(args, name) is None:
@@ -666,7 +668,8 @@ def main(argv=None) -> int:
         return 0
     seconds, x = time.time() - t0, None if lm else batch(args, 10**9, args.length)[0][0]
     if lm:
-        g, test = torch.Generator(args.device).manual_seed(args.seed), args.test[: 500 * few**2]
+        g, test = torch.Generator(args.device).manual_seed(args.seed), args.test
+        test = test[: max(500 * few**2, 2 * args.length)]
         sample = best.generate(test[None, :1], 20 * few, generator=g, top_k=40)
         print(bytes(sample[0].tolist()).decode("utf-8", "replace"))
         nats, windows = text_loss(best, test, len(test) - 1), text_loss(best, test, args.length)

@@ -441,7 +441,7 @@ DEFAULTS = {  # on digits, on an npz, least, most, meaning and the paper's value
     "few": (1000, 1000, 10, math.inf, "labels of the first two columns"),
     "batch_size": (64, 256, 2, math.inf, "images over all processes (paper: 256)"),
     "groups": (2, 4, 1, math.inf, "parts of a process's batch for batch norm (paper: 8 GPUs)"),
-    "lr": (0.1, 0.03, 1e-12, 1e32, "peak rate (paper: 0.03)"),
+    "lr": (0.1, 0.03, 1e-12, 1e32, "peak rate (adamw 3e-3; paper: 0.03)"),
     "weight_decay": (1e-4, 5e-4, 0, 99, "decay (paper: 1e-4)"),
     "warmup": (0.05, 0.0, 0, 1, "share of the steps over which the rate rises (paper: 0)"),
     "temperature": (0.1, 0.1, 1e-3, 99, "tau (paper: 0.07, v2: 0.2)"),
@@ -474,7 +474,7 @@ def parse(argv):
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
-    flag("--load", help="checkpoint to evaluate, or to go on with (more --steps)")
+    flag("--load", help="checkpoint: the rest of its --steps is done, then it is judged")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, default=0, help="exit 1 if the linear probe (few labels) is lower")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))
@@ -495,8 +495,9 @@ def parse(argv):
         args.optimizer = args.optimizer or own.get("optimizer", "sgd")
         args.head = args.head or own.get("head", "mlp")
         for name, (*values, low, high, _) in DEFAULTS.items():
+            value = 3e-3 if (name, args.optimizer) == ("lr", "adamw") else values[npz]
             if getattr(args, name) is None:
-                setattr(args, name, own.get(name, values[npz]))
+                setattr(args, name, own.get(name, value))
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         x, y, x_test, y_test = load_data(args.data)
@@ -507,12 +508,17 @@ def parse(argv):
         parts, size = world * args.groups, args.batch_size
         if size > args.images or size % parts or size < 2 * parts:
             raise ValueError(f"--batch-size: {parts} times 2 or more, at most {args.images}")
-        if args.optimizer != own.get("optimizer", args.optimizer):
-            raise ValueError(f"{args.load} was trained with --optimizer {own['optimizer']}")
+        for name in ("optimizer", "seed", "few"):
+            if getattr(args, name) != own.get(name, getattr(args, name)):
+                raise ValueError(f"{args.load} was trained with --{name} {own[name]}")
         runs = build(args, int(y.max()) + 1)
+        if len(data[1][runs["few labels"].rows].unique()) < 2:
+            raise ValueError("the labelled images are all of one class; the probe needs two")
         for part in ("model", "optimizer"):
             for name, weights in ckpt.get(part + "s", {}).items():
                 getattr(runs[name], part).load_state_dict(weights)
+        for run in runs.values():
+            run.optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag goes first
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
@@ -534,6 +540,7 @@ def main(argv=None) -> int:
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:
         state = train(runs, data[:2], args, ckpt, stop)
+        done = state["done"]
     except FloatingPointError as error:
         print(f"moco.py: stopped: {error}", file=sys.stderr)
         return 1
@@ -545,12 +552,14 @@ def main(argv=None) -> int:
         return 0
     nets = {k: run.model if run.labels else run.model.encoder_q for k, run in runs.items()}
     nets, table = {name: net.eval().features for name, net in nets.items()}, {}
+    if stop:
+        print("stopped by Ctrl-C; the table has what was trained so far")
     for k in ("few labels", "all labels"):
         encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
         encoders["random network"] = nets["random network"]
-        encoders |= {"labels alone": nets[k]} if args.label_steps else {}
-        short = ("m = 0", "small K", "large K") if args.short else ()
-        encoders |= {f"{name}, {args.short} steps": nets[name] for name in short}
+        encoders |= {"labels alone": nets[k]} if "all labels" in done else {}
+        short = [name for name in ("m = 0", "small K", "large K") if name in done]
+        encoders |= {f"{name}, {done[name]} steps": nets[name] for name in short}
         encoders["MoCo"] = nets["MoCo"]
         for name, encoder in encoders.items():
             accs = evaluate(encoder, *(t[runs[k].rows] for t in data[:2]), *data[2:])

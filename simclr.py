@@ -18,10 +18,10 @@ Symbols  encoder | f(.) | a ResNet, x -> h (B, D)      head | g(.) | MLP, h -> z
          z1, z2 | z_2k-1, z_2k | views' outputs (N, d)  temperature | tau | > 0
          sim | sim(z_i, z_j) | cosines (2 N, 2 N)       u | t ~ T | random numbers of a view (B, 16)
 Differs  Colour jitter is one 3 x 3 matrix per image, in a fixed order, hue as a turn in YIQ.
-         g has a batch norm in its hidden layer, as the official code (the paper doesn't say). The
-         demo: a ResNet of three blocks, 1,161 digits, AdamW, stronger hue, crops from half the area
-         on (smaller ones lose the digit), rotation, no blur. `--data` takes the paper's CIFAR-10
-         recipe (Appendix B.9), with LARS.
+         g has a batch norm in its hidden layer (the paper doesn't say; the official code normalises
+         z, too). The demo: a ResNet of three blocks, 1,161 digits, AdamW, stronger hue, crops from
+         half the area on (smaller ones lose the digit), rotation, no blur. `--data` takes the
+         paper's CIFAR-10 recipe (Appendix B.9), with LARS.
 Run      python simclr.py                  # canvas digits, some 5 minutes on one core
          python simclr.py --data cifar10.npz --save cifar.pt          # ResNet-18, long; a GPU
          torchrun --nproc-per-node 8 simclr.py --data cifar10.npz     # negatives of all processes
@@ -416,12 +416,12 @@ QUICK = {"steps": 4, "short": 2, "label_steps": 2, "batch_size": 16}  # --quick
 DEFAULTS = {  # on digits, on an npz (the paper on CIFAR-10), least, most, meaning
     "seed": (0, 0, 0, 10**8, "of weights, batches, views, labels"),
     "log_every": (250, 250, 1, math.inf, "steps between log lines"),
-    "steps": (1500, 97000, 1, math.inf, "1000 epochs"),
+    "steps": (1500, 88000, 1, math.inf, "1000 epochs"),
     "short": (250, 0, 0, math.inf, "steps of each run of Figure 5, 0: none"),
     "label_steps": (300, 4000, 0, math.inf, "steps with labels alone, 0: none"),
     "few": (1000, 1000, 10, math.inf, "labels of the first two columns"),
     "batch_size": (128, 512, 2, math.inf, "images over all processes (ImageNet: 4096)"),
-    "lr": (3e-3, 1.0, 1e-12, 1e32, "peak rate (ImageNet: 0.3 batch / 256)"),
+    "lr": (3e-3, 1.0, 1e-12, 1e32, "peak rate, adamw 3e-3 (ImageNet: 0.3 batch / 256)"),
     "weight_decay": (1e-4, 1e-6, 0, 99, "decay"),
     "warmup": (0.05, 0.01, 0, 1, "share of the steps over which the rate rises"),
     "temperature": (0.2, 0.5, 1e-3, 99, "tau (ImageNet: 0.1)"),
@@ -450,7 +450,7 @@ def parse(argv):
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
-    flag("--load", help="checkpoint to evaluate, or to go on with (more --steps)")
+    flag("--load", help="checkpoint: the rest of its --steps is done, then it is judged")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, default=0, help="exit 1 if h's linear probe (few labels) is lower")
     args, ckpt, world = parser.parse_args(argv), {}, int(os.environ.get("WORLD_SIZE", 1))
@@ -470,8 +470,9 @@ def parse(argv):
         args.encoder = args.encoder or own.get("encoder", ("small", "resnet18")[npz])
         args.optimizer = args.optimizer or own.get("optimizer", ("adamw", "lars")[npz])
         for name, (*values, low, high, _) in DEFAULTS.items():
+            value = 3e-3 if (name, args.optimizer) == ("lr", "adamw") else values[npz]
             if getattr(args, name) is None:
-                setattr(args, name, own.get(name, values[npz]))
+                setattr(args, name, own.get(name, value))
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
         x, y, x_test, y_test = load_data(args.data)
@@ -481,12 +482,18 @@ def parse(argv):
         args.images, args.few = len(data[0]), min(args.few, len(data[0]))
         if args.batch_size > args.images or args.batch_size % world:
             raise ValueError(f"--batch-size must divide by {world} and be at most {args.images}")
-        if args.optimizer != own.get("optimizer", args.optimizer):
-            raise ValueError(f"{args.load} was trained with --optimizer {own['optimizer']}")
+        for name in ("optimizer", "seed", "few"):
+            if getattr(args, name) != own.get(name, getattr(args, name)):
+                raise ValueError(f"{args.load} was trained with --{name} {own[name]}")
         runs = build(args, int(y.max()) + 1)
+        if len(data[1][runs["few labels"].rows].unique()) < 2:
+            raise ValueError("the labelled images are all of one class; the probe needs two")
         for part in ("model", "optimizer"):
             for name, weights in ckpt.get(part + "s", {}).items():
                 getattr(runs[name], part).load_state_dict(weights)
+        for run in runs.values():
+            group = run.optimizer.param_groups[0]
+            group["wd" if "wd" in group else "weight_decay"] = args.weight_decay  # the flag's
         os.makedirs(args.out, exist_ok=True)
         for folder in (args.out, os.path.dirname(args.save or "") or "."):
             if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
@@ -507,7 +514,7 @@ def main(argv=None) -> int:
         print(f"simclr | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C: ends after a step
     try:
-        train(runs, data[:2], args, ckpt, stop)
+        done = train(runs, data[:2], args, ckpt, stop)["done"]
     except FloatingPointError as error:
         print(f"simclr.py: stopped: {error}", file=sys.stderr)
         return 1
@@ -518,11 +525,13 @@ def main(argv=None) -> int:
     if rank:
         return 0
     nets, table = {name: run.model.eval().encoder for name, run in runs.items()}, {}
+    if stop:
+        print("stopped by Ctrl-C; the table has what was trained so far")
     for k in ("few labels", "all labels"):
         encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
         encoders["random network"] = nets["random network"]
-        encoders |= {"labels alone": nets[k]} if args.label_steps else {}
-        encoders |= {f"{name}, {args.short} steps": nets[name] for name in SHORT if args.short}
+        encoders |= {"labels alone": nets[k]} if "all labels" in done else {}
+        encoders |= {f"{name}, {done[name]} steps": nets[name] for name in SHORT if name in done}
         encoders |= {"SimCLR z": lambda x: model(x)[1], "SimCLR h": nets["SimCLR"]}
         for name, encoder in encoders.items():
             accs = evaluate(encoder, *(t[runs[k].rows] for t in data[:2]), *data[2:])

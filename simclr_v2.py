@@ -370,7 +370,7 @@ def parse(argv):
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
-    flag("--load", help="checkpoint to evaluate, or to go on with (more --steps)")
+    flag("--load", help="checkpoint: the rest of its --steps is done, then it is judged")
     flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, default=0, help="exit 1 if `distilled` (fewest labels) is lower")
     args, ckpt = parser.parse_args(argv), {}

@@ -439,7 +439,7 @@ def train(model, optimizer, data, args, state) -> bool:
             rows = (lengths + 5 * torch.rand(n)).argsort()[(rows[0] + torch.arange(len(rows))) % n]
         inputs, target = pick(data["train"], rows, args)
         if world > 1:  # a process's share, weighted by its part of the target tokens
-            torch.manual_seed(args.seed * 10**9 + step + rank * 2**50)  # for a dropout of its own
+            torch.manual_seed(args.seed * 10**9 + step + rank * 10**8)  # for a dropout of its own
             tokens = (target != args.pad).sum()
             *inputs, target = (t[rank::world] for t in (*inputs, target))
         loss = label_smoothing_loss(model(*inputs), target, args.smoothing, args.pad)
@@ -453,6 +453,7 @@ def train(model, optimizer, data, args, state) -> bool:
                 dist.all_reduce(t.div_(world))
         loss, stopped = now.tolist()
         if not math.isfinite(loss):
+            signal.signal(signal.SIGINT, before)
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         optimizer.step()
         state["step"] = step
@@ -602,6 +603,10 @@ def parse(argv):
             setattr(args, name, getattr(args, name) or own.get(name))
         args.task = args.task or "translate"
         args.kind = args.task if args.task != "translate" else "pairs" if args.data else "dates"
+        if own and own["kind"] != args.kind:
+            raise ValueError(f"{args.load} was trained on {own['kind']}, not on {args.kind}")
+        if (args.val or args.test) and args.kind != "pairs":
+            raise ValueError("--val and --test go with --data, a file of pairs")
         args.pad = -100 if args.kind == "classify" else 0
         known = dict(zip(NAMES, DEFAULTS["quick" if args.quick else args.kind]))
         known |= {"seed": 0, "length": 64, "log_every": 200}

@@ -284,6 +284,7 @@ def train(models, optimizer, images, levels, args, state) -> bool:
         losses = [-model.elbo(x, 1, g) for model in turn]  # Eq. 10 per image; Eq. 8 is N times it
         loss = sum(losses)
         if not torch.isfinite(loss):
+            signal.signal(signal.SIGINT, before)
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2

@@ -508,9 +508,10 @@ def parse(argv):
             if not least <= getattr(args, name) <= most:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between {least} and {most}")
         data = load_videos(args.data)
-        (x, y, _), digits = data[0], args.data == "digits"
+        (x, *_), digits = data[0], args.data == "digits"
         shape, T = ([1, 16, 16], math.inf) if digits else ([*x.shape[2:]], x.shape[1])
-        classes, mults = int(y.max()) + 1, tuple(map(int, args.mults.split()))
+        classes = int(max(part[1].max() for part in data)) + 1  # the held-out videos', too
+        mults = tuple(map(int, args.mults.split()))
         state, pixels = {"shape": shape, "classes": classes}, shape[1] * shape[2] / args.patch**2
         if any(ckpt.get(k, state[k]) != state[k] for k in state):
             raise ValueError(f"{args.load} is for other videos or classes than the data")
@@ -550,7 +551,7 @@ def main(argv=None) -> int:
         print(f"video_diffusion.py: stopped: {error}", file=sys.stderr)
         return 1
     n, given, g = 64 if digits and not args.quick else 10, T // 2, torch.Generator().manual_seed(1)
-    (real, y), (x, _) = draw(test, n, T, g), draw(data, 1000 if digits else n, T, g)
+    (real, y), (x, _) = draw(test, n, T, g), draw(data, 1000 if digits else 200, T, g)
     lam, noise = log_snr((torch.arange(n) + 0.5) / n), torch.randn(real.shape, generator=g)
     batch = [v.to(args.device) for v in (real, lam, noise, y)]
     gauss = functools.partial(pixel_gaussian, x.to(args.device))

@@ -454,8 +454,8 @@ def train(args, data, runs, state) -> int:
             x, target = mix(x, target, r["mixup"], r["cutmix"])
             if args.world > 1:  # a process's share of the batch, once mixed, and its own dropout
                 x, target = x[args.rank :: args.world], target[args.rank :: args.world]
-                torch.manual_seed(seed + args.rank * 2**50)
-            loss = F.cross_entropy(model.train()(normalise(x)), target)
+                torch.manual_seed(seed + args.rank * 10**8)
+            loss = F.cross_entropy(model.train()(normalise(x, args.pixels)), target)
             optimizer.zero_grad(); loss.backward()  # fmt: skip
             now = torch.stack([loss.detach(), loss.new_tensor(float(len(stop)))])
             if args.world > 1:  # means over the processes: the whole batch's
@@ -472,7 +472,8 @@ def train(args, data, runs, state) -> int:
             optimizer.step()
             rows.append((step, name, loss))
         if args.rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
-            rows = [(*row, accuracy(runs[row[1]][0], x_val, y_val)) for row in rows]
+            accs = [accuracy(runs[name][0], x_val, y_val, args.pixels) for _, name, _ in rows]
+            rows = [(*row, acc) for row, acc in zip(rows, accs)]
             now = [f"{name} loss {loss:.3f} val acc {acc:.3f}" for _, name, loss, acc in rows]
             now.append(f"{(time.time() - t0) / (step - first) * 1e3:.0f} ms/step")
             tqdm.write(" | ".join([f"step {step:5d}/{args.steps}", *now]))
@@ -603,14 +604,17 @@ def parse(argv):
             data = [x[:n], y[:n], x[n:], y[n:], *test]
         if labels and (own or not args.load):
             args.models = args.models or "regularised" + ",plain,cnn" * (args.data == "digits")
+            if args.image_size:
+                raise ValueError("--image-size is for official weights")
             if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
                 raise ValueError("--models takes regularised, plain and cnn")
             if args.batch_size > n or args.batch_size % args.world:
                 raise ValueError(f"--batch-size must be at most {n}, a multiple of the processes")
             runs = build(args, data[0].shape[1:])
-            for name, (model, optimizer, _) in runs.items() if own else ():
+            for name, (model, optimizer, r) in runs.items() if own else ():
                 model.load_state_dict(ckpt["models"][name])
                 optimizer.load_state_dict(ckpt["optimizers"][name])
+                optimizer.param_groups[0]["weight_decay"] = r["weight_decay"]  # the flag goes first
         else:
             weights = [w for name, w in ckpt.get("models", {"": ckpt}).items() if name != "cnn"]
             model = ViT.from_state_dict(weights[0], args.image_size, args.heads).to(args.device)
@@ -644,8 +648,8 @@ def main(argv=None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if args.world > 1:
             dist.destroy_process_group()
-    if status == 1 or args.rank:  # not finite, or one of torchrun's other processes
-        return status
+    if status == 1 or args.rank:  # not finite, or one of torchrun's other processes: after Ctrl-C
+        return int(status == 1)  # these return 0, or torchrun would stop the first, which saves
     if train_val:
         for name, (m, *_) in runs.items():
             accs[name] = accuracy(m, x_test, y_test, args.pixels)

@@ -1,4 +1,4 @@
-"""Time and memory of S4's kernel beside the naive one, as N and L grow (O(N + L) against O(N^2 L)).
+"""Time and memory of S4's kernel beside the naive one, as N and L grow (O(N L) against O(N^2 L)).
 
     python tests/benchmark_s4.py            # about two minutes on one core
 

@@ -401,12 +401,13 @@ def test_quick_run_draws_saves_and_loads(tmp_path, capsys):
     assert lines[0].startswith("cvae | ") and lines[-1].startswith("test NLL ")
     assert (tmp_path / "o" / "cvae.png").stat().st_size > 5000
     assert sorted(os.listdir(tmp_path)) == ["c.pt", "o"]  # no .tmp is left
-    args = ["--quick", "--out", tmp_path / "p", "--load", file, "--target", "0.1"]
-    assert cvae.main([str(a) for a in args]) == 1  # the target is missed
+    args = ["--quick", "--out", str(tmp_path / "p"), "--load", str(file), "--target", "0.1"]
+    assert cvae.main(args) == 1  # the target is missed
     again = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith(("CVAE", "NN", "pixel"))]
     assert len(table) == 5 and table == [line for line in again if line in table]
     assert not any(line.startswith("step ") for line in again)  # no training
+    assert [cvae.parse(args[:-2] + s)[0].seed for s in ([], ["--seed", "7"])] == [0, 7]
 
 
 def test_bad_input_exits_2_with_one_line(tmp_path, monkeypatch, capsys):
@@ -443,7 +444,7 @@ def test_bad_input_exits_2_with_one_line(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2, case
         assert err[-1].startswith("cvae.py: error: ") or "error: " in err[-1], case
         assert sum("error: " in line for line in err) == 1 and "Traceback" not in "".join(err), case
-        assert sorted(os.listdir()) == before, case
+        assert sorted(set(os.listdir()) - {"out"}) == before, case
 
 
 def test_checkpoint_of_another_size_exits_2(tmp_path, capsys):

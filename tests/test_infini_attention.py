@@ -94,6 +94,17 @@ def test_delta_does_not_store_twice_what_it_knows():
     assert not torch.allclose(update(k, v, *once, False)[0], once[0])
 
 
+def test_memory_is_float32_under_autocast():
+    """In bfloat16 a sum of 600 segments would have stopped to grow at some 260 of them."""
+    layer, x, memory = InfiniAttention(8, 2), torch.randn(1, 16, 8), None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(600):
+            _, memory = layer(x, memory)
+        _, once = layer(x)
+    assert memory[0].dtype == memory[1].dtype == torch.float32
+    torch.testing.assert_close(memory[1], 600 * once[1], rtol=1e-3, atol=0)
+
+
 def test_an_empty_memory_answers_zero_with_finite_gradients():
     q = torch.randn(1, 1, 3, 4, requires_grad=True)
     out = retrieve(q, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4))
@@ -333,6 +344,8 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         infini.main([*base, "--load", path, "--dim", "32"])
     assert stop.value.code == 2 and "size mismatch" in capsys.readouterr().err.splitlines()[-1]
+    optimizers = infini.parse([*base, "--load", path, "--lr", "0.02"])[2]  # the flag goes first
+    assert [g["peak"] for g in optimizers["memory"].param_groups] == [0.02, 0.2]
 
 
 def test_target_decides_the_exit_status(tmp_path):

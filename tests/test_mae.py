@@ -421,6 +421,9 @@ def test_resumed_run_is_the_unbroken_one(tmp_path, flags, monkeypatch, capsys):
     capsys.readouterr()
     assert main(tmp_path, "--load", tmp_path / "b.pt", "--target", 0.5) == 1  # evaluates only
     assert "step" not in capsys.readouterr().out
+    argv = ["--load", str(tmp_path / "b.pt"), "--weight-decay", "0.3", "--out", str(tmp_path)]
+    groups = mae.parse([*argv, "--device", "cpu", "--quick"])[3].param_groups  # the flag goes first
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
 
 
 def test_labels_never_reach_the_pretraining(tmp_path, flags):

@@ -196,8 +196,9 @@ def test_step_and_pieces_equal_forward(L):
     torch.testing.assert_close(torch.cat(out, 1), whole, rtol=1e-4, atol=1e-6)
 
 
-def test_left_padding_does_not_change_the_result():
-    model, ids = small(), torch.randint(11, (2, 21))
+@pytest.mark.parametrize("selective", [True, False])
+def test_left_padding_does_not_change_the_result(selective):
+    model, ids = small(selective=selective), torch.randint(11, (2, 21))
     padded = torch.cat([torch.randint(11, (2, 9)), ids], 1)
     mask = torch.ones_like(padded).index_fill(1, torch.arange(9), 0)
     torch.testing.assert_close(model(padded, mask=mask)[:, 9:], model(ids), rtol=1e-4, atol=1e-6)
@@ -367,6 +368,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
         ["--steps", "-1"], ["--task", "lm", "--data", "file"],
         ["--task", "lm", "--data", "no-such"],
         ["--out", "file/x"], ["--save", "no/such/folder.pt"], ["--length", "3"],
+        ["--load", "a.pt", "--task", "induction"],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             mamba.main(["--quick", *bad])

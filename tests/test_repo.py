@@ -129,7 +129,8 @@ def test_bad_input_is_one_line_and_exit_2(file, tmp_path, monkeypatch, capsys):
         if file.stem == "cvae" and "labels" in bad:
             continue  # its images need no labels
         try:
-            status = importlib.import_module(file.stem).main(["--quick", *bad.split()])
+            flags = ["--quick", "--device", "cpu", *bad.split()]
+            status = importlib.import_module(file.stem).main(flags)
         except SystemExit as stop:
             status = stop.code
         except BaseException as error:
@@ -156,7 +157,8 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_checkpoint_before(file, tmp_p
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(MemoryError):
-        importlib.import_module(file.stem).main(["--quick", "--log-every", "1", "--save", "a.pt"])
+        flags = "--quick --device cpu --log-every 1 --save a.pt".split()
+        importlib.import_module(file.stem).main(flags)
     assert torch.load("a.pt", weights_only=True)["script"] == file.stem
 
 

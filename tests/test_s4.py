@@ -455,6 +455,8 @@ def test_truncated_file_and_foreign_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         s4.main(["--load", small, "--data", str(other), *common])
     assert error.value.code == 2 and "size mismatch" in capsys.readouterr().err
+    argv = ["--load", small, "--data", str(path), "--lr", "0.5", *common]  # the flag goes first
+    assert 0.5 in [g["peak"] for g in s4.parse(argv)[3]["S4"].param_groups]
 
 
 def test_the_file_alone_builds_its_model(tmp_path):

@@ -437,6 +437,9 @@ def test_load_evaluates_and_goes_on(trained, capsys):
     assert not any(line.startswith("step") for line in again)
     assert first[-1].split(" | ")[:-1] == again[-1].split(" | ")[:-1]
     assert main(capsys, "--load", path / "a.pt", "--out", path, "--target", 1.1)[0] == 1
+    argv = ["--load", str(path / "a.pt"), "--weight-decay", "0.3", "--out", str(path)]
+    for run in simclr.parse(argv)[3].values():  # the flag goes first
+        assert 0.3 in run.optimizer.param_groups[0].values()
     code, more, _ = main(capsys, "--load", path / "a.pt", "--out", path, "--steps", 6)
     assert code == 0 and sum(line.startswith("step") for line in more) == 1
 
@@ -455,6 +458,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
     save_npz(tmp_path / "float.npz", dtype=np.float32)
     save_npz(tmp_path / "labels.npz", y_test=np.arange(20))
     save_npz(tmp_path / "shape.npz", x_test=np.zeros((20, 9, 9, 3), np.uint8))
+    save_npz(tmp_path / "one.npz", y_train=np.zeros(60, int), y_test=np.zeros(20, int))
     torch.save({"script": "moco"}, tmp_path / "other.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     (tmp_path / "cut.pt").write_bytes((trained[0] / "a.pt").read_bytes()[:2000])
@@ -470,7 +474,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
         "--out file/x", "--save empty", f"--save {tmp_path}/nodir/x.pt",
         f"--load {trained[0] / 'a.pt'} --dim 32",
         f"--load {trained[0] / 'a.pt'} --encoder resnet18",
-        f"--load {trained[0] / 'a.pt'} --optimizer adamw",
+        f"--load {trained[0] / 'a.pt'} --optimizer adamw", f"--load {trained[0] / 'a.pt'} --seed 7",
+        f"--load {trained[0] / 'a.pt'} --few 12", "--data one.npz",
     ):  # fmt: skip
         argv = [
             str(tmp_path / a) if (tmp_path / a.split("/")[0]).exists() else a for a in bad.split()

@@ -561,7 +561,7 @@ def test_demo_reaches_its_figure(tmp_path):
         sys.executable,
         str(ROOT / "simclr_v2.py"),
         "--target",
-        "0.4",
+        "0.64",
         "--out",
         str(tmp_path),
     ]

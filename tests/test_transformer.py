@@ -608,6 +608,8 @@ BAD = [
     ("--load", "{}/short.txt"),
     ("--load", "{}/good.pt", "--size", "32", "1", "2", "32"),
     ("--load", "{}/good.pt", "--task", "classify"),
+    ("--load", "{}/good.pt", "--data", "{}/good.tsv"),  # it was trained on dates
+    ("--test", "{}/good.tsv"),
     ("--out", "{}/short.txt"),
     ("--save", "{}/no/folder/a.pt"),
 ]

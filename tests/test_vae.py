@@ -344,7 +344,7 @@ def test_checkpoint_of_another_size_is_refused_and_colour_files_work(tmp_path, c
     )
     flags = "--quick --data rgb.npz --steps 2 --save a.pt --likelihood gaussian".split()
     assert vae.main(flags) == 0
-    assert " | rgb.npz" not in capsys.readouterr().err and Path("out/vae.png").exists()
+    assert "| rgb.npz 40/40" in capsys.readouterr().out and Path("out/vae.png").exists()
     for flags in (["--latent-dim", "9"], ["--data", "digits"], ["--hidden", "32", "32"]):
         with pytest.raises(SystemExit) as error:
             vae.main(["--load", "a.pt", *flags])

@@ -515,6 +515,10 @@ def test_load_evaluates(trained, capsys):
     assert code == 0 and len(again) == 2 and (path / "o3" / "vit.png").exists()
     assert first[-1].split(" | ")[0] == again[-1].split(" | ")[0]
     assert main(capsys, "--load", path / "a.pt", "--out", path, "--target", 1.1)[0] == 1
+    argv = ["--load", str(path / "a.pt"), "--weight-decay", "0.3", "--out", str(path)]
+    for name, (_, optimizer, _) in vit.parse(argv)[2].items():  # the flag goes first
+        want = [0.3 * (name == "regularised"), 0.0]
+        assert [g["weight_decay"] for g in optimizer.param_groups] == want
 
 
 def test_official_weights_on_images(tmp_path):
@@ -559,7 +563,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
     for bad in (
         "--steps 0", "--batch-size 0", "--batch-size 99999", "--lr 0", "--lr nan", "--dim 63",
         "--patch-size 5", "--patch-size 0", "--depth 0", "--heads 0", "--pool max",
-        "--models resnet",
+        "--models resnet", "--image-size 16",
         "--device tpu", "--smoothing 1.5", "--mixup -1", "--seed -1", "--augment -1",
         "--data nofile.npz", "--data cut.npz", "--data pickled.npz", "--data float.npz",
         "--data labels.npz", "--data shape.npz", "--data good.npz --batch-size 37",
