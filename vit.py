@@ -26,14 +26,15 @@ Differs  One linear layer as the head (the paper's for fine-tuning), not the MLP
          leaves out biases, norms, tokens and positions. The demo: 1,167 images and not ImageNet.
          The paper just says that positions are interpolated; here bicubic with antialias.
 Run      python vit.py                     # three models on canvas digits, 5 minutes, one core
-         python vit.py --data mnist.npz --patch-size 4 --steps 20000 --save mnist.pt
-         python vit.py --data cifar10.npz --patch-size 4 --dim 96 --depth 6 --flip 1 --mixup 0.8
-                --cutmix 1 --steps 9000 --save cifar.pt   # long, as above; not measured
+         python vit.py --data mnist.npz --patch-size 4 --steps 12000    # half an hour of a core
+         python vit.py --data cifar10.npz --patch-size 4 --dim 96 --depth 6 --flip 1 --steps 6500
          python vit.py --load deit_tiny.pth --data FOLDER     # official weights: where they look
 Expect   Test accuracy on 1,500 canvases of 500 digits never trained on, seeds 0-2: ViT with
          augmentation .728 +- .032, without .367 +- .012, a CNN of its size, without, .813 +- .025;
          chance .100, raw-pixel k-NN .341. So augmentation makes up most of what a ViT lacks on
-         1,167 digits, not all; the CNN learns faster, too. MNIST and CIFAR-10 are not measured yet.
+         1,167 digits, not all; the CNN learns faster, too. MNIST, .21M parameters: .9930 +- .0005
+         (longer trained ones of that size: .995). CIFAR-10 (a JPEG copy), .68M, 45 minutes or 9
+         epochs: .576 +- .008 (raw-pixel k-NN .306; after 200 epochs .86 with .82M, .91 with 3.7M).
 """
 
 import argparse
