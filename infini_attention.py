@@ -112,9 +112,8 @@ class InfiniAttention(nn.Module):
                 memory = M, M[..., 0]
             # no positions here: they would tie what is stored to a place in its segment. Read
             # before written: what this segment adds would show its tokens their own future
-            with torch.autocast(x.device.type, enabled=False):
-                A_mem = retrieve(q.to(wide), *memory)
-                memory = update(k.to(wide), v.to(wide), *memory, self.delta)
+            A_mem = retrieve(q.to(wide), *memory)
+            memory = update(k.to(wide), v.to(wide), *memory, self.delta)
             gate = torch.sigmoid(self.beta)[:, None, None]
             A = (gate * A_mem + (1 - gate) * A).to(v.dtype)  # Eq. 6
         return self.out(A.transpose(1, 2).reshape(B, N, D)), memory  # Eq. 7

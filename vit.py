@@ -33,8 +33,8 @@ Expect   Test accuracy on 1,500 canvases of 500 digits never trained on, seeds 0
          augmentation .728 +- .032, without .367 +- .012, a CNN of its size, without, .813 +- .025;
          chance .100, raw-pixel k-NN .341. So augmentation makes up most of what a ViT lacks on
          1,167 digits, not all; the CNN learns faster, too. MNIST, .21M parameters: .9930 +- .0005
-         (longer trained ones of that size: .995). CIFAR-10 (a JPEG copy), .68M, 45 minutes or 9
-         epochs: .576 +- .008 (raw-pixel k-NN .306; after 200 epochs .86 with .82M, .91 with 3.7M).
+         (longer trained ones of that size: .995). CIFAR-10 (a JPEG copy), .68M, 9 epochs in some 48
+         minutes: .576 +- .008 (raw-pixel k-NN .306; after 200 epochs .86 with .82M, .91 with 3.7M).
 """
 
 import argparse
@@ -605,8 +605,10 @@ def parse(argv):
             data = [x[:n], y[:n], x[n:], y[n:], *test]
         if labels and (own or not args.load):
             args.models = args.models or "regularised" + ",plain,cnn" * (args.data == "digits")
-            if args.image_size:
-                raise ValueError("--image-size is for official weights")
+            if args.image_size or (args.pixels == "imagenet" and x.shape[3] == 1):
+                raise ValueError(
+                    "--image-size is for official weights, imagenet's units for colour"
+                )
             if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
                 raise ValueError("--models takes regularised, plain and cnn")
             if args.batch_size > n or args.batch_size % args.world:

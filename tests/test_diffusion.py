@@ -467,6 +467,7 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
         (["--steps", "0"], "between 1 and"),
         (["--lr", "nan"], "--lr must lie between"),
         (["--ddim", "11"], "T = 10"),
+        (["--ddim", "0"], "T = 10"),
         (["--eta", "2"], "--eta"),
         (["--ema", "1"], "--ema"),
         (["--dim", "6"], "multiple of 4"),

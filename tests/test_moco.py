@@ -517,6 +517,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
     save_npz(tmp_path / "float.npz", dtype=np.float32)
     save_npz(tmp_path / "labels.npz", y_test=np.arange(20))
     save_npz(tmp_path / "shape.npz", x_test=np.zeros((20, 9, 9, 3), np.uint8))
+    save_npz(tmp_path / "one.npz", y_train=np.zeros(60, int), y_test=np.zeros(20, int))
     torch.save({"script": "simclr"}, tmp_path / "other.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     (tmp_path / "cut.pt").write_bytes((trained[0] / "a.pt").read_bytes()[:2000])
@@ -533,7 +534,9 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
         "--out file/x", "--save empty", f"--save {tmp_path}/nodir/x.pt",
         f"--load {trained[0] / 'a.pt'} --dim 32",
         f"--load {trained[0] / 'a.pt'} --encoder resnet18",
-        f"--load {trained[0] / 'a.pt'} --optimizer adamw",
+        f"--load {trained[0] / 'a.pt'} --optimizer adamw", f"--load {trained[0] / 'a.pt'} --seed 7",
+        f"--load {trained[0] / 'a.pt'} --few 12",
+        "--data one.npz --batch-size 16 --steps 1 --label-steps 1",
     ):  # fmt: skip
         argv = [
             str(tmp_path / a) if (tmp_path / a.split("/")[0]).exists() else a for a in bad.split()

@@ -475,7 +475,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
         f"--load {trained[0] / 'a.pt'} --dim 32",
         f"--load {trained[0] / 'a.pt'} --encoder resnet18",
         f"--load {trained[0] / 'a.pt'} --optimizer adamw", f"--load {trained[0] / 'a.pt'} --seed 7",
-        f"--load {trained[0] / 'a.pt'} --few 12", "--data one.npz",
+        f"--load {trained[0] / 'a.pt'} --few 12",
+        "--data one.npz --batch-size 16 --steps 1 --label-steps 1",
     ):  # fmt: skip
         argv = [
             str(tmp_path / a) if (tmp_path / a.split("/")[0]).exists() else a for a in bad.split()

@@ -492,6 +492,14 @@ def _interrupt_at(step):
     return hook
 
 
+def test_training_validation_and_test_have_the_same_units(trained, monkeypatch, tmp_path):
+    units, normalise = [], vit.normalise
+    monkeypatch.setattr(vit, "normalise", lambda x, p="half": units.append(p) or normalise(x, p))
+    colour = str(save_npz(tmp_path / "c.npz", chans=(3,)))
+    assert vit.main([*trained[1], "--data", colour, "--pixels", "imagenet"]) == 0
+    assert len(units) >= 4 + 2 + 1 + 1 and set(units) == {"imagenet"}  # and the picture's
+
+
 def test_switched_off_the_regularised_vit_is_the_plain_one(trained):
     path, options = trained
     models = "--models regularised,plain --warmup 0".split()
@@ -563,7 +571,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, trained, capsys):
     for bad in (
         "--steps 0", "--batch-size 0", "--batch-size 99999", "--lr 0", "--lr nan", "--dim 63",
         "--patch-size 5", "--patch-size 0", "--depth 0", "--heads 0", "--pool max",
-        "--models resnet", "--image-size 16",
+        "--models resnet", "--image-size 16 --batch-size 8 --steps 1",
+        "--pixels imagenet --batch-size 8 --steps 1",
         "--device tpu", "--smoothing 1.5", "--mixup -1", "--seed -1", "--augment -1",
         "--data nofile.npz", "--data cut.npz", "--data pickled.npz", "--data float.npz",
         "--data labels.npz", "--data shape.npz", "--data good.npz --batch-size 37",
