@@ -53,6 +53,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import OrderedDict, namedtuple
 
 import torch
@@ -548,6 +549,7 @@ def evaluate(encoder, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> t
     a, b, y, y_test = (t.cpu().numpy() for t in (torch.cat(a), torch.cat(b), y, y_test))
     knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y).score(b, y_test)
     mean, sd = a.mean(0), a.std(0) + 1e-6
+    warnings.filterwarnings("ignore", "lbfgs failed to converge")  # 100 steps will do
     linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
     return knn, linear.score((b - mean) / sd, y_test)
 

@@ -48,6 +48,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -510,6 +511,7 @@ def evaluate(encoder, data, rows: Tensor) -> list[float]:
     (a, b), y = (features(encoder, t) for t in (x[rows], x_test)), y[rows].cpu()
     mean, sd = a.mean(0), a.std(0) + 1e-6
     knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y)
+    warnings.filterwarnings("ignore", "lbfgs failed to converge")  # 100 steps will do
     linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
     return [knn.score(b, y_test.cpu()), linear.score((b - mean) / sd, y_test.cpu())]
 
