@@ -140,13 +140,15 @@ def _decay(dt, A):
 
 def _cut(x, S, T):
     """(B, L, d) -> L / (S T) chunks of (B S, T, d). Padding is neutral: dt = 0 leaves h alone."""
-    x = F.pad(x, (0, 0, 0, -x.shape[1] % (S * T)))
-    return x.reshape(x.shape[0] * S, -1, T, x.shape[2]).transpose(0, 1).contiguous().unbind(0)
+    pad = -x.shape[1] % (S * T)
+    x = F.pad(x, (0, 0, 0, pad)) if pad else x
+    return x.reshape(x.shape[0] * S, -1, x.shape[2]).split(T, 1)
 
 
-def _join(xs, batch, L):
-    """The way back from `_cut`: chunks of (B S, T, d) -> (B, L, d)."""
-    return torch.stack(xs, 1).reshape(batch, -1, xs[0].shape[2])[:, :L]
+def _copy(chunk):
+    """Contiguous copies: their memory is used again for every chunk, so it stays in the cache, and
+    their strides don't depend on L, for which the kernels would be compiled again."""
+    return [x.clone(memory_format=torch.contiguous_format) for x in chunk]
 
 
 def _carry(end, dt_sum, A, h, backwards=False):
@@ -171,37 +173,40 @@ class _SelectiveScan(torch.autograd.Function):
         kernel = _compiled(_chunk_forward) if compile else _chunk_forward
         if S > 1:
             end = h.new_zeros(batch * S, *A_t.shape)
-            for chunk in chunks:
+            for chunk in map(_copy, chunks):
                 _, end = kernel(_decay(chunk[1], A_t), *chunk, end)
             h = _carry(end, sum(c[1].sum(1) for c in chunks), A_t, h)
-        ys, hs = [], []
-        for chunk in chunks:
-            hs.append(h)
-            y, h = kernel(_decay(chunk[1], A_t), *chunk, h)
-            ys.append(y)
-        ctx.save_for_backward(u, dt, A, B, C, *hs)
+        hs = h.new_empty(len(chunks), *h.shape)  # kept: the state before each chunk
+        ys = u.new_empty(batch * S, len(chunks) * T, u.shape[2])
+        for chunk, before, y in zip(map(_copy, chunks), hs, ys.split(T, 1)):
+            before.copy_(h)
+            out, h = kernel(_decay(chunk[1], A_t), *chunk, h)
+            y.copy_(out)
+        ctx.save_for_backward(u, dt, A, B, C, hs)
         ctx.S, ctx.T, ctx.compile = S, T, compile
-        return _join(ys, batch, L), h.unflatten(0, (batch, S))[:, -1].transpose(1, 2).contiguous()
+        h = h.unflatten(0, (batch, S))[:, -1].transpose(1, 2).contiguous()
+        return ys.reshape(batch, -1, u.shape[2])[:, :L], h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh):
-        u, dt, A, B, C, *hs = ctx.saved_tensors
-        A_t, g = A.t().contiguous(), dh.transpose(1, 2).contiguous()
-        cut = [_cut(x, ctx.S, ctx.T) for x in (u, dt, B, C)]
-        chunks = list(zip(*cut, hs, _cut(dy, ctx.S, ctx.T)))[::-1]
+        u, dt, A, B, C, hs = ctx.saved_tensors
+        A_t, g, T = A.t().contiguous(), dh.transpose(1, 2).contiguous(), ctx.T
+        cut = [_cut(x, ctx.S, T) for x in (u, dt, B, C, dy)]
+        chunks = list(zip(*cut[:4], hs, cut[4]))[::-1]
         kernel = _compiled(_chunk_backward) if ctx.compile else _chunk_backward
         zero = torch.zeros_like(hs[0])
         if ctx.S > 1:  # the same two passes, from the end of time to its start
             start = zero
-            for chunk in chunks:
+            for chunk in map(_copy, chunks):
                 start = kernel(_decay(chunk[1], A_t), *chunk, A_t, start, zero)[4]
             g = _carry(start, sum(c[1].sum(1) for c in chunks), A_t, g, backwards=True)
-        grads, dA = [], zero
-        for chunk in chunks:
+        grads, dA = [x.new_empty(len(zero), len(hs) * T, x.shape[2]) for x in (u, dt, B, C)], zero
+        for chunk, *parts in zip(map(_copy, chunks), *(x.split(T, 1)[::-1] for x in grads)):
             *grad, g, dA = kernel(_decay(chunk[1], A_t), *chunk, A_t, g, dA)
-            grads.append(grad)
-        du, ddt, dB, dC = (_join(x[::-1], *u.shape[:2]) for x in zip(*grads))
+            for part, x in zip(parts, grad):
+                part.copy_(x)
+        du, ddt, dB, dC = (x.reshape(len(u), -1, x.shape[2])[:, : u.shape[1]] for x in grads)
         dh0 = g.unflatten(0, (u.shape[0], ctx.S))[:, 0].transpose(1, 2)
         return du, ddt, dA.sum(0).t(), dB, dC, dh0, None, None
 
@@ -233,8 +238,8 @@ def selective_scan(u, dt, A, B, C, D, h0=None, return_state=False, chunk=16, com
         rows = max(1, 2**15 // A.numel()) if u.device.type == "cpu" else batch
         parts = zip(*(t.split(rows) for t in (x, dt, B, C, h0)))
         parts = [_SelectiveScan.apply(*t[:2], A, *t[2:], chunk, compile) for t in parts]
-        y, h = map(torch.cat, zip(*parts))
-        y = y + D * x
+        y, h = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
+        y = torch.addcmul(y, D, x)
     return (y.to(u.dtype), h) if return_state else y.to(u.dtype)
 
 
