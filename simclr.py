@@ -24,13 +24,20 @@ Differs  Colour jitter is one 3 x 3 matrix per image, in a fixed order, hue as a
          paper's CIFAR-10 recipe (Appendix B.9), with LARS.
 Run      python simclr.py                  # canvas digits, some 5 minutes on one core
          python simclr.py --data cifar10.npz --save cifar.pt          # ResNet-18, long; a GPU
+         python simclr.py --data cifar10.npz --encoder small --optimizer adamw --lr 3e-3
+                --weight-decay 1e-4 --warmup 0.05 --temperature 0.2 --batch-size 256
+                --steps 12000 --label-steps 2000                      # an hour of one core
          torchrun --nproc-per-node 8 simclr.py --data cifar10.npz     # negatives of all processes
 Expect   Linear probe with 1,000 labels, test digits never seen, 3 seeds: .830 +- .004, with all
          labels .868 +- .008 (k-NN .705, .778). Raw pixels .143, grey centred .149, random network
          .206, the same network trained with the 1,000 labels .873 +- .015; k-NN with all labels:
          raw .591, grey .737. Figure 5, 250 steps each: both .514, colour only .402, crop only .197.
          Figure 8: with all labels h is ahead of z, .868 to .854 +- .012; with 1,000 they are equal
-         (.830, .827) and in k-NN z leads: less than the paper's 10 %. ImageNet 69.3 %; not run.
+         (.830, .827) and in k-NN z leads: less than the paper's 10 %. CIFAR-10 (a JPEG copy), the
+         hour's command, seed 0, 68 epochs: with all labels h .618, z .581, random network .404, raw
+         pixels .396, labels alone .711; k-NN h .570, z .550, random network .328; with 1,000 labels
+         h .493, z .521, random network .295, labels alone .552; k-NN h .460, z .469. lightly's
+         ResNet-18, 200 epochs, k-NN .848; ImageNet 69.3 %; neither was run.
 """
 
 import argparse
@@ -394,15 +401,17 @@ def draw_picture(args, runs, data, table):
     image, u = x[rows[y[rows].argsort()]] / 255, torch.rand(2, len(rows), 16, generator=g)
     pair = [augment(image, numbers, **runs["SimCLR"].views) for numbers in u]
     fig = Figure(figsize=(15, 7.5), layout="constrained")
-    axes = fig.subplot_mosaic("vvvv;abhp", height_ratios=[1, 1.5], width_ratios=[1, 1, 1, 1.1])
+    top, low = fig.subfigures(2, 1, height_ratios=[1, 1.5])
+    left, right = low.subfigures(1, 2, width_ratios=[2.1, 1])
+    axes = dict(zip("abhvp", [*left.subplots(1, 3), top.subplots(), right.subplots()]))
     strip = torch.stack([image, *pair])[:, ::3].permute(0, 3, 1, 4, 2)  # (3, H, n, W, 3)
     axes["v"].imshow(strip.flatten(2, 3).flatten(0, 1).cpu())
     axes["v"].set(title="images, above two views of each", xticks=[], yticks=[])
     for key, name in (("a", "random network"), ("b", "SimCLR")):
         z1, z2 = (F.normalize(runs[name].model(part)[1], dim=1) for part in pair)
         shown = axes[key].imshow((z1 @ z2.T).cpu(), vmin=-1, vmax=1, cmap="RdBu_r")
-        axes[key].set(title=f"cosine of views, {name}", xlabel="views 2, by class")
-    fig.colorbar(shown, ax=[axes["a"], axes["b"]], shrink=0.6)
+        axes[key].set(title=f"cosines: {name}", xlabel="views 2, by class")
+    left.colorbar(shown, ax=[axes["a"], axes["b"]], shrink=0.6)
     h = F.normalize(runs["SimCLR"].model.encoder(x_test[:900] / 255), dim=1).cpu()
     place = TSNE(perplexity=min(30, len(h) / 4), random_state=0).fit_transform(h)
     axes["h"].scatter(*place.T, c=y_test[: len(h)].cpu(), cmap="tab10", s=6)
