@@ -26,9 +26,8 @@ Differs  The number of visible patches is rounded, not cut off: 10 patches at 90
          logistic regression on the mean of the patches' tokens, without batch norm.
          Demo: 16 patches of 8 pixels, so half of them hidden and not 75 %; targets not normalised.
 Run      python mae.py                           # canvas digits, 8 minutes on one core
-         python mae.py --data cifar10.npz --patch-size 4 --dim 192 --depth 12 --heads 3 --flip 0.5
-                --decoder-dim 96 --decoder-depth 2 --mask-ratio 0.75 --norm-pix 1 --crop 0.2
-                --lr 1e-3 --steps 100000 --tune-steps 5000     # long, not measured; or on 8 GPUs:
+         python mae.py --data cifar10.npz --patch-size 4 --dim 96 --mask-ratio 0.75 --norm-pix 1
+                --crop 0.2 --flip 0.5 --steps 3000 --tune-steps 500     # 37 minutes of one core
          torchrun --nproc-per-node 8 mae.py --data cifar10.npz          # splits the batch
          python mae.py --load mae_visualize_vit_base.pth --data FOLDER   # official weights paint
 Expect   Test accuracy after 800 steps of fine-tuning, seeds 0-2: 1,000 labels .783 +- .023, from
@@ -39,7 +38,12 @@ Expect   Test accuracy after 800 steps of fine-tuning, seeds 0-2: 1,000 labels .
          .321 +- .006, all .362 +- .005 (random network .195, .236; grey centred pixels .149, .156);
          k-NN of 1,000 .184, below grey centred pixels' .502. Short runs with 25, 50, 75 % hidden:
          linear .229, .224, .227 (seed 1), no trend to be seen; the encoder is 1.2, 1.7, 2.7 times
-         as fast as on all patches. Paper: ViT-B/L/H fine-tuned on ImageNet 83.6 / 85.9 / 86.9 %.
+         as fast as on all patches. CIFAR-10 (a JPEG copy), the command above, seed 0, 9 epochs:
+         1,000 labels fine-tuned .485, from scratch .380, 100 labels .325, .290; square error .0082,
+         mean .0464; linear probe, all labels .526 (random network .403, raw pixels .397, trained
+         with the labels alone .471), k-NN .424 (.301, .354, .397). 25, 50, 75 % hidden: linear
+         .486, .478, .473, 1.4, 2.0, 3.8 times as fast. Paper: ViT-B/L/H fine-tuned on ImageNet
+         .836, .859, .869; a ViT-T on CIFAR-10, 2,000 epochs, .898 (from scratch .741); not run.
 """
 
 import argparse
