@@ -38,13 +38,13 @@ Run      python dino.py                    # canvas digits, 8 minutes on one cor
 Expect   Seeds 0-2, unseen digits; choices made on validation digits. Linear probe, 1,000 labels:
          teacher .827 +- .040, random network .177 +- .006, grey centred pixels .149, labels alone
          (300 steps) .510 +- .063; all labels: .860 +- .030. k-NN: .730 +- .046, random .130, grey
-         .502 (all labels: .785 +- .051, .174, .737). Attention on the digit: .295 +- .100 of it,
-         of the random network's .146, of the area .152. Balanced by the centre, on validation
-         digits, seed 0: linear .211, k-NN .133. Collapse (Figure 7, 150 steps; ln K = 4.85):
-         centring only, entropy 4.85, KL .00; sharpening only .06 +- .10, .07; both 2.27 +- .80,
-         .89. CIFAR-10 (a JPEG copy), the command above, seed 0, 13 epochs: with all labels linear
-         .559, k-NN .500; random network .357, .263, raw pixels .396, .354, labels alone .525, .475;
-         with 1,000 labels .487, .393 (.280, .215; .264, .233; .431, .424). Elsewhere: lightly's
+         .502 (all labels: .785 +- .051, .174, .737). Attention on the digit: .295 +- .100 of it, of
+         the random network's .146, of the area .152. Balanced by the centre, on validation digits,
+         seed 0: linear .211, k-NN .133. Collapse (Figure 7, 150 steps; ln K = 4.85): centring only,
+         entropy 4.85, KL .00; sharpening only .06 +- .10, .07; both 2.27 +- .80, .89. CIFAR-10 (a
+         JPEG copy), the 43 minutes' command, seed 0, 13 epochs: with all labels linear .559, k-NN
+         .500; random network .357, .263, raw pixels .396, .354, labels alone .525, .475; with 1,000
+         labels .487, .393 (the others .280, .215; .264, .233; .431, .424). Elsewhere: lightly's
          ResNet-18, 200 epochs, k-NN .813; ImageNet, ViT-S/16, .770, k-NN .745; not run.
 """
 

@@ -36,8 +36,8 @@ Expect   Linear probe with 1,000 labels, test digits never seen, seeds 0-2: .834
          (.834, .828) and in k-NN z leads: less than the paper's 10 %. CIFAR-10 (a JPEG copy), the
          hour's command, seed 0, 68 epochs: with all labels h .618, z .581, random network .404, raw
          pixels .396, labels alone .711; k-NN h .570, z .550, random network .328; with 1,000 labels
-         h .493, z .521, random network .295, labels alone .552; k-NN h .460, z .469. lightly's
-         ResNet-18, 200 epochs, k-NN .848; ImageNet 69.3 %; neither was run.
+         h .493, z .521, random network .295, labels alone .552; k-NN h .460, z .469. Elsewhere:
+         lightly's ResNet-18, 200 epochs, k-NN .848; ImageNet 69.3 %; neither was run.
 """
 
 import argparse

@@ -606,9 +606,7 @@ def parse(argv):
         if labels and (own or not args.load):
             args.models = args.models or "regularised" + ",plain,cnn" * (args.data == "digits")
             if args.image_size or (args.pixels == "imagenet" and x.shape[3] == 1):
-                raise ValueError(
-                    "--image-size is for official weights, imagenet's units for colour"
-                )
+                raise ValueError("--image-size needs official weights, --pixels imagenet colour")
             if not set(args.models.split(",")) <= {"regularised", "plain", "cnn"}:
                 raise ValueError("--models takes regularised, plain and cnn")
             if args.batch_size > n or args.batch_size % args.world:

@@ -1,6 +1,6 @@
 """Speed, memory and accuracy of `mamba.selective_scan`, as ratios to other ways to run the scan.
 
-    python tests/benchmark_scan.py            # about five minutes on two cores
+    python tests/benchmark_scan.py            # one to two minutes on two cores
 
 One process; the competitors take turns, every figure is the median of its turns. `loop` is
 `mamba.selective_scan_ref` (Algorithm 2 in eager PyTorch), `lean loop` the same without the
@@ -12,10 +12,11 @@ us of fixed cost, 64 calls each way; a chunk's A_bar is made by torch's own exp 
 one core with MKL, where the exp of compiled code takes 1.6); fresh memory, which this kind of
 machine hands out at 1 to 2 us a page, is a tenth to a third of the whole, for the loop and pscan no
 less, so the scan writes y and the states into one tensor each and copies a chunk's inputs just
-before their use (forward 11 to 35 % faster than joining lists). A small batch pays for the scan
-twice (two passes), which is what holds (1, 4096, 64, 16) back against pscan. A large batch is run
-in pieces of 2^15 numbers of state: the backward's three stacks then stay in the cache (a kernel
-call over 64 rows at once took 1.4 to 2.4 times as long on one core).
+before their use (the forward took 11, 21, 35 % less time than with joined lists, at the three
+shapes, in one process, and 10, -4, 5 % in another). A small batch pays for the scan twice (two
+passes), which is what holds (1, 4096, 64, 16) back against pscan. A large batch is run in pieces of
+2^15 numbers of state: the backward's three stacks then stay in the cache (a kernel call over 64
+rows at once took 1.4 to 2.4 times as long on one core).
 
 Measured and not taken: A_bar within the kernels (up to 1.3 times slower on one core, as fast on
 two) or in one buffer for all chunks (as fast); kernels compiled for any shape from the start
