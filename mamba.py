@@ -77,8 +77,8 @@ def selective_scan_ref(u, dt, A, B, C, D, h0=None) -> tuple[Tensor, Tensor]:
 # Fusion        A_bar, B_bar and h are N times larger than u or y. Written to memory, they cost
 #               more than the arithmetic. `torch.compile` turns a chunk of 16 unrolled steps into
 #               one kernel: h enters, sixteen y leave, the rest never travels beyond the cache.
-#               (A chunk's A_bar is made just before it: torch's own exp has ten times the speed
-#               of the exp in compiled CPU code. And a large batch is run a few rows at a time.)
+#               (On a CPU a chunk's A_bar is made just before it: torch's own exp has ten times the
+#               speed of that in compiled code. And a large batch is run a few rows at a time.)
 # Recomputation The backward needs every h_t. Keeping them is (B, L, D, N) again; instead one h per
 #               chunk is kept, and the backward kernel redoes its 16 steps before it reverses them.
 #
@@ -87,7 +87,7 @@ def selective_scan_ref(u, dt, A, B, C, D, h0=None) -> tuple[Tensor, Tensor]:
 
 def _chunk_forward(A_bar, u, dt, B, C, h):
     """A_bar (M, T, N, D), u, dt (M, T, D), B, C (M, T, N), h (M, N, D) -> y (M, T, D), last h."""
-    bu, hs = dt * u, []
+    A_bar, bu, hs = _decay(dt, A_bar), dt * u, []
     for t in range(u.shape[1]):
         h = A_bar[:, t] * h + bu[:, t, None] * B[:, t, :, None]  # (M, N, D)  Eq. 2a
         hs.append(h)
@@ -96,7 +96,7 @@ def _chunk_forward(A_bar, u, dt, B, C, h):
 
 def _chunk_backward(A_bar, u, dt, B, C, h, dy, A, g, dA):
     """Gradients of one chunk. g (M, N, D) is dloss/dh at its end and, returned, at its start."""
-    bu, hs = dt * u, [h]
+    A_bar, bu, hs = _decay(dt, A_bar), dt * u, [h]
     for t in range(u.shape[1]):  # recompute what the forward did not keep
         hs.append(A_bar[:, t] * hs[t] + bu[:, t, None] * B[:, t, :, None])
     gs, es = [], []
@@ -134,8 +134,8 @@ def _compiled(kernel):
 
 
 def _decay(dt, A):
-    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D)."""
-    return (dt[:, :, None] * A).exp_()
+    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D); such an A_bar stays."""
+    return (dt[:, :, None] * A).exp_() if A.dim() == 2 else A
 
 
 def _cut(x, S, T):
@@ -145,10 +145,12 @@ def _cut(x, S, T):
     return x.reshape(x.shape[0] * S, -1, x.shape[2]).split(T, 1)
 
 
-def _copy(chunk):
-    """Contiguous copies: their memory is used again for every chunk, so it stays in the cache, and
-    their strides don't depend on L, for which the kernels would be compiled again."""
-    return [x.clone(memory_format=torch.contiguous_format) for x in chunk]
+def _ready(chunk, A):
+    """What a kernel takes first: A_bar (on a GPU A: there the kernel makes it) and the chunk, as
+    copies: their memory is used again for every chunk, so it stays in the cache, and their strides
+    don't depend on L, for which the kernels would be compiled again."""
+    chunk = [x.clone(memory_format=torch.contiguous_format) for x in chunk]
+    return [_decay(chunk[1], A) if A.device.type == "cpu" else A, *chunk]
 
 
 def _carry(end, dt_sum, A, h, backwards=False):
@@ -173,14 +175,14 @@ class _SelectiveScan(torch.autograd.Function):
         kernel = _compiled(_chunk_forward) if compile else _chunk_forward
         if S > 1:
             end = h.new_zeros(batch * S, *A_t.shape)
-            for chunk in map(_copy, chunks):
-                _, end = kernel(_decay(chunk[1], A_t), *chunk, end)
+            for chunk in chunks:
+                _, end = kernel(*_ready(chunk, A_t), end)
             h = _carry(end, sum(c[1].sum(1) for c in chunks), A_t, h)
         hs = h.new_empty(len(chunks), *h.shape)  # kept: the state before each chunk
         ys = u.new_empty(batch * S, len(chunks) * T, u.shape[2])
-        for chunk, before, y in zip(map(_copy, chunks), hs, ys.split(T, 1)):
+        for chunk, before, y in zip(chunks, hs, ys.split(T, 1)):
             before.copy_(h)
-            out, h = kernel(_decay(chunk[1], A_t), *chunk, h)
+            out, h = kernel(*_ready(chunk, A_t), h)
             y.copy_(out)
         ctx.save_for_backward(u, dt, A, B, C, hs)
         ctx.S, ctx.T, ctx.compile = S, T, compile
@@ -195,15 +197,14 @@ class _SelectiveScan(torch.autograd.Function):
         cut = [_cut(x, ctx.S, T) for x in (u, dt, B, C, dy)]
         chunks = list(zip(*cut[:4], hs, cut[4]))[::-1]
         kernel = _compiled(_chunk_backward) if ctx.compile else _chunk_backward
-        zero = torch.zeros_like(hs[0])
+        zero, start = torch.zeros_like(hs[0]), torch.zeros_like(hs[0])
         if ctx.S > 1:  # the same two passes, from the end of time to its start
-            start = zero
-            for chunk in map(_copy, chunks):
-                start = kernel(_decay(chunk[1], A_t), *chunk, A_t, start, zero)[4]
+            for chunk in chunks:
+                start = kernel(*_ready(chunk, A_t), A_t, start, zero)[4]
             g = _carry(start, sum(c[1].sum(1) for c in chunks), A_t, g, backwards=True)
         grads, dA = [x.new_empty(len(zero), len(hs) * T, x.shape[2]) for x in (u, dt, B, C)], zero
-        for chunk, *parts in zip(map(_copy, chunks), *(x.split(T, 1)[::-1] for x in grads)):
-            *grad, g, dA = kernel(_decay(chunk[1], A_t), *chunk, A_t, g, dA)
+        for chunk, *parts in zip(chunks, *(x.split(T, 1)[::-1] for x in grads)):
+            *grad, g, dA = kernel(*_ready(chunk, A_t), A_t, g, dA)
             for part, x in zip(parts, grad):
                 part.copy_(x)
         du, ddt, dB, dC = (x.reshape(len(u), -1, x.shape[2])[:, : u.shape[1]] for x in grads)

@@ -1,6 +1,7 @@
 """Speed, memory and accuracy of `mamba.selective_scan`, as ratios to other ways to run the scan.
 
     python tests/benchmark_scan.py            # one to two minutes on two cores
+    python tests/benchmark_scan.py --gpu      # on CUDA, beside the official kernel if installed
 
 One process; the competitors take turns, every figure is the median of its turns. `loop` is
 `mamba.selective_scan_ref` (Algorithm 2 in eager PyTorch), `lean loop` the same without the
@@ -40,6 +41,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from mamba import _compiled, selective_scan, selective_scan_ref
 
 SHAPES = [(4, 1024, 128, 16), (8, 256, 128, 16), (1, 4096, 64, 16)]
+GPU_SHAPES = [(8, 2048, 1536, 16), (1, 16384, 1536, 16)]  # a layer of mamba-130m
 
 
 def inputs(B, L, D, N, top=0.1):
@@ -79,6 +81,34 @@ def associative(u, dt, A, B, C, D):
     join = lambda p, q: (q[0] * p[0], q[0] * p[1] + q[1])  # noqa: E731
     _, h = associative_scan(join, (a, b), 1, combine_mode="generic")
     return (h @ C[..., None])[..., 0] + D * u
+
+
+def official(a):
+    """The kernel of mamba-ssm as a job's (function, inputs): its own layout, (B, D, L)."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    turned = [x.detach().transpose(1, 2).contiguous() if x.dim() == 3 else x.detach() for x in a]
+    return selective_scan_fn, [x.requires_grad_() for x in turned]
+
+
+def on_gpu(turns):
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    for shape in GPU_SHAPES:
+        a = [x.detach().cuda().requires_grad_() for x in inputs(*shape)]
+        pairs = {"ours": (selective_scan, a)} | ({"loop": (loop, a)} if shape[1] < 4096 else {})
+        try:
+            pairs["official kernel"] = official(a)
+        except ImportError:
+            print("mamba-ssm is not installed: the official kernel is left out")
+        for name, how in (("forward", forward), ("forward + backward", both)):
+
+            def job(pair, how=how):
+                how(*pair)
+                torch.cuda.synchronize()
+
+            t = medians({k: lambda p=p: job(p) for k, p in pairs.items()}, turns)
+            ratios = " | ".join(f"{k} {t[k] * 1e3:.2f} ms, {t[k] / t['ours']:.2f}x" for k in t)
+            print(f"{shape} {name:18s} {ratios}", flush=True)
 
 
 def forward(scan, a):
@@ -128,8 +158,12 @@ def error(top):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.gpu:
+        on_gpu(args.turns)
+        return
     torch.set_num_threads(args.threads)
     rivals = {"loop": loop, "lean loop": lean_loop, "associative_scan": associative}
     try:

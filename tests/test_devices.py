@@ -1,9 +1,13 @@
-"""Every model under bfloat16 autocast and under torch.compile: forward, loss and backward."""
+"""Every model under bfloat16 autocast, under torch.compile and, where there is one, on a GPU."""
 
 import importlib
+import pathlib
 
 import pytest
 import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
 
 
 def images(*shape):
@@ -72,7 +76,9 @@ MODELS = {
     "dino": lambda m: (
         m.Network(m.ViT(16, 8, dim=16, depth=1, heads=2), m.DINOHead(16, 8, 16, 8)),
         (images(4, 3, 16, 16), images(4, 3, 8, 8), images(4, 8)),
-        lambda model, x, local, t: m.DINOLoss(8)(model([x, x.flip(3), local]), t.repeat(2, 1), 1.0),
+        lambda model, x, local, t: m.DINOLoss(8).to(x)(
+            model([x, x.flip(3), local]), t.repeat(2, 1), 1.0
+        ),
     ),
     "mae": lambda m: (
         m.MAE(16, 4, dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2),
@@ -89,10 +95,12 @@ def total(out):
     return sum(total(o) for o in out if isinstance(o, torch.Tensor | tuple | list))
 
 
-def build(name):
+def build(name, device="cpu"):
     """-> model, loss(): a function without arguments, the same random numbers at every call."""
+    torch.manual_seed(0)
     model, inputs, *loss = MODELS[name](importlib.import_module(name))
-    model.eval()
+    model.eval().to(device)
+    inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
 
     def run():
         torch.manual_seed(0)
@@ -128,3 +136,27 @@ def test_torch_compile_gives_the_same_loss_and_gradients(name):
     torch.testing.assert_close(got, loss, rtol=1e-4, atol=1e-6)
     for p, q in zip(gradients(model, got), want):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_gives_the_loss_and_gradients_of_the_cpu(name, monkeypatch):
+    draw = torch.randn  # the same noise for both
+    on_cpu = lambda *shape, device="cpu", **how: draw(*shape, **how).to(device)  # noqa: E731
+    monkeypatch.setattr(torch, "randn", on_cpu)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    (cpu, loss), (gpu, same) = build(name), build(name, GPU)
+    (a, b), close = (loss(), same()), {"rtol": 1e-3, "atol": 1e-5}
+    assert b.device.type == GPU
+    torch.testing.assert_close(b.cpu(), a, **close)
+    for p, q in zip(gradients(gpu, b), gradients(cpu, a), strict=True):
+        torch.testing.assert_close(p.cpu(), q, **close)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda f: f.stem)
+def test_every_script_runs_and_resumes_on_a_gpu(file, tmp_path):
+    main = importlib.import_module(file.stem).main
+    flags = ["--quick", "--device", GPU, "--out", str(tmp_path)]
+    assert main([*flags, "--save", str(tmp_path / "a.pt")]) == 0
+    assert main([*flags, "--load", str(tmp_path / "a.pt")]) == 0

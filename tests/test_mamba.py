@@ -271,6 +271,20 @@ def test_bf16_autocast_forward_and_backward():
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_kernels_make_the_same_a_bar_as_the_cpu_gets_beforehand():
+    """A GPU's kernels take A (N, D) in the place of A_bar."""
+    u, dt, A, B, C, _, h = inputs(2, 6, 5, 3)
+    A, h, dy = A.t(), h.transpose(1, 2), torch.randn_like(u)
+    A_bar = mamba._decay(dt, A)
+    torch.testing.assert_close(A_bar, torch.exp(dt[:, :, None] * A))
+    rest = (u, dt, B, C, h)
+    for p, q in zip(mamba._chunk_forward(A_bar, *rest), mamba._chunk_forward(A, *rest)):
+        torch.testing.assert_close(p, q)
+    rest += (dy, A, h, torch.zeros_like(h))
+    for p, q in zip(mamba._chunk_backward(A_bar, *rest), mamba._chunk_backward(A, *rest)):
+        torch.testing.assert_close(p, q)
+
+
 def test_copying_batch_holds_its_answers():
     ids, y = mamba.copying_batch(5, 40, torch.Generator().manual_seed(1))
     assert ids.shape == (5, 48) and (ids[:, 40:] == 15).all() and (y > 0).all() and (y < 15).all()

@@ -222,8 +222,8 @@ def test_keys_enter_after_the_loss():
     before = model.queue.clone()
     loss, k = model(x, x, torch.arange(8))
     assert model.queue.equal(before)
-    model.enqueue(k)
-    torch.testing.assert_close(model.queue[:, :8], k.T)
+    model.enqueue(k.bfloat16())  # what autocast gives
+    torch.testing.assert_close(model.queue[:, :8], k.T, rtol=0.01, atol=0.01)
     loss.backward()  # the queue has changed in place; the loss kept what it saw
     assert model.queue[:, 8:].equal(before[:, 8:])
 
