@@ -23,13 +23,13 @@ Differs  Basic blocks, no selective kernels; AdamW, not LARS; no blur. The memor
          1,161 digits, one augmentation in all stages (paper, 2 and 3: crop and flip alone). As in
          the official notebook, student and teacher see the same view, and the student starts anew.
 Run      python simclr_v2.py                  # canvas digits, some 6 minutes on one core
-         python simclr_v2.py --data cifar10.npz --save cifar.pt    # ResNet-18, long: a GPU; README
+         python simclr_v2.py --data cifar10.npz --save cifar.pt       # ResNet-18, long; a GPU
 Expect   Unseen digits, 58 | 580 of 5,805 labels, seeds 0-2: labels alone .523 +- .021 | .859 +-
          .015; fine-tuned from h .650 +- .013 | .901 +- .012, from g_1 .641 +- .020 | .890 +- .012
-         (no better, in the paper it is); distilled .672 +- .031 | .900 +- .006, with a quarter of
-         the weights .659 +- .029 | .866 +- .021 (labels alone .448 | .801); chance .100. CIFAR-10
-         with the README's flags, 450 labels, seed 0, in that order: .376, .453, .449, .474, .469.
-         ImageNet, ResNet-50, 1 | 10 %: 57.9 | 68.4 %, distilled from a big net 73.9 | 77.5.
+         (in the paper better); distilled .672 +- .031 | .900 +- .006, with a quarter of the weights
+         .659 +- .029 | .866 +- .021 (labels alone .448 | .801). CIFAR-10, 450 labels, seed 0, as in
+         the README: .376, .453, .449, .474, .469. Chance .100. ImageNet, ResNet-50, 1 | 10 %: 57.9
+         | 68.4 %, distilled from a big net 73.9 | 77.5.
 """
 
 import argparse
