@@ -27,9 +27,8 @@ Run      python simclr_v2.py                  # canvas digits, some 6 minutes on
 Expect   Unseen digits, 58 | 580 of 5,805 labels, seeds 0-2: labels alone .523 +- .021 | .859 +-
          .015; fine-tuned from h .650 +- .013 | .901 +- .012, from g_1 .641 +- .020 | .890 +- .012
          (in the paper better); distilled .672 +- .031 | .900 +- .006, with a quarter of the weights
-         .659 +- .029 | .866 +- .021 (labels alone .448 | .801). CIFAR-10, 450 labels, seed 0, as in
-         the README: .376, .453, .449, .474, .469. Chance .100. ImageNet, ResNet-50, 1 | 10 %: 57.9
-         | 68.4 %, distilled from a big net 73.9 | 77.5.
+         .659 +- .029 | .866 +- .021 (labels alone .448 | .801). CIFAR-10 (README), 450 labels, in
+         this order .376, .453, .449, .474, .469. ImageNet 57.9 | 68.4 %, distilled 73.9 | 77.5.
 """
 
 import argparse
