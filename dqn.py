@@ -43,8 +43,8 @@ Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.2 (-
          The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (level from 750,000
          on); with smaller steps, 1e-4, 15.3 at 1,134,880; 3e-5 and --target-every 1000: 17.1 at
          1,305,752 (sd of the games 2.2). One hour each of one core, seed 0: Breakout 13.0
-         (random 1.6, paper 168), Q*bert 600 (200; 1952), Space Invaders 47 (139; 581): its Q are
-         nearly equal, and held fixed it hardly fires; changing as it learns, it makes 225.
+         (random 1.6, paper 168), Q*bert 600 (200; 1952), Space Invaders 47 (139; 581): all
+         actions have nearly the same Q; the last training games, as it went on learning, made 225.
 """
 
 import argparse

@@ -134,7 +134,7 @@ def _compiled(kernel):
 
 
 def _decay(dt, A):
-    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D); such an A_bar stays."""
+    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D); A_bar itself stays."""
     return (dt[:, :, None] * A).exp_() if A.dim() == 2 else A
 
 

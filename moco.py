@@ -217,7 +217,7 @@ class MoCo(nn.Module):
         """k (N, d) replaces the oldest N keys: first in, first out, round the end if need be."""
         K, N = self.queue.shape[1], len(k)
         place = (self.queue_ptr + torch.arange(N, device=k.device)) % K
-        k = k[-K:].to(self.queue)  # of a batch larger than the queue the last K stay
+        k = k[-K:].to(self.queue)  # the last K, if there are more; autocast's are bfloat16
         self.queue[:, place[-K:]] = k.T
         self.queue_ptr.copy_((self.queue_ptr + N) % K)
 

@@ -4,8 +4,8 @@
     python tests/benchmark_gpu.py --only vit mamba   # some of them
     python tests/benchmark_gpu.py --small            # tiny sizes, also on a CPU: does it run?
 
-The sizes are the papers' own where they fit one GPU. A step is loss, backward and AdamW (dqn:
-Adam; gan: a step of D and one of G) on random data that is on the device already; the views of
+The sizes are the papers' own where they fit one GPU. A step is loss, backward and AdamW (gan: a
+step of D and one of G, with Adam) on random data that is on the device already; the views of
 simclr, simclr_v2, moco and dino are made on the device, within the step. Arithmetic is what
 torch.utils.flop_counter counts (products and convolutions) in one step over the median time of one.
 """
@@ -53,9 +53,9 @@ def gan(m, small):
     x, z = images(n, 3, side, side), torch.randn(n, 100, device=DEVICE)
     opts = [torch.optim.Adam(net.to(DEVICE).parameters(), 2e-4, (0.5, 0.9)) for net in (G, D)]
 
-    def step():
+    def step(_):
         m.discriminator_step(G, D, opts[1], x, z, r1=0.1)
-        return m.generator_step(G, D, opts[0], z)
+        return m.generator_step(G, D, opts[0], z)  # a number: the steps are done
 
     both = torch.nn.ModuleList([G, D])
     return both, step, n, "images", f"convolutions, {side}x{side} colour, R1"
@@ -212,18 +212,18 @@ def measure(build, args):
     model.to(DEVICE)
     if build in (moco, simclr):
         model.to(memory_format=torch.channels_last)  # as the scripts do
-    if build is not gan:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        opt = torch.optim.AdamW(weights, 1e-4, fused=DEVICE == "cuda")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(weights, 1e-4, fused=DEVICE == "cuda")
 
     def step():
         with torch.autocast(DEVICE, torch.bfloat16):
-            out = loss() if build is gan else loss(model)
-        if build is not gan:
-            opt.zero_grad()
-            out.backward()
-            opt.step()
-        return float(out) if build is gan else out.item()
+            out = loss(model)
+        if isinstance(out, float):
+            return out
+        opt.zero_grad()
+        out.backward()
+        opt.step()
+        return out.item()
 
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     if DEVICE == "cuda":
@@ -244,7 +244,7 @@ def measure(build, args):
             step()
     if not (math.isfinite(first) and math.isfinite(last)):
         raise FloatingPointError(f"loss {first}, then {last}")
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    size = sum(p.numel() for p in weights) / 1e6
     flops = f"{count.get_total_flops() / t / 1e12:.0f}" if build is not gan else "-"
     speed = f"{n / t:,.0f} {unit}/s | {t * 1e3:.1f} | {flops}"
     return f"{build.__name__} | {what} | {size:.1f}M | {n:,} | {speed} | {memory:.1f}"

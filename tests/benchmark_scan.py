@@ -33,9 +33,9 @@ chunk, 4.8 to 5.2 | 19.5 to 21.5 ms with A_bar in the kernels, as it is now; the
 41, of 32: 5.9 | 23; no splits: 19 | 63; four times as many splits: 6.5 | 23; Inductor's
 loop_ordering_after_fusion with a sum per step: 4.4 | 19.9. What is left is the states of a chunk,
 which Inductor writes to memory between the kernel that makes them and the one that sums over N. A
-Triton kernel with h in registers and a row of
-states in the L2 cache for the backward took 1.6 | 5.3 ms (10 | 33 ms at B = 1, L = 16384, without
-splits): some 60 lines more for one kind of machine, so it was left out.
+Triton kernel with h in registers, and a chunk's states in the L2 cache for the backward, took 1.6 |
+5.3 ms (10 | 33 ms at B = 1, L = 16384, without splits): some 60 lines more for one kind of machine,
+so it was left out.
 """
 
 import argparse

@@ -222,10 +222,16 @@ def test_keys_enter_after_the_loss():
     before = model.queue.clone()
     loss, k = model(x, x, torch.arange(8))
     assert model.queue.equal(before)
-    model.enqueue(k.bfloat16())  # what autocast gives
-    torch.testing.assert_close(model.queue[:, :8], k.T, rtol=0.01, atol=0.01)
+    model.enqueue(k)
+    torch.testing.assert_close(model.queue[:, :8], k.T)
     loss.backward()  # the queue has changed in place; the loss kept what it saw
     assert model.queue[:, 8:].equal(before[:, 8:])
+
+
+def test_queue_takes_the_keys_of_autocast():
+    model, k = MoCo(small(), 16, 8), F.normalize(torch.randn(3, 16), dim=1).bfloat16()
+    model.enqueue(k)
+    assert model.queue.dtype == torch.float32 and model.queue[:, :3].equal(k.T.float())
 
 
 # ---- shuffled batch norm ----
