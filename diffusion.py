@@ -3,7 +3,7 @@
 Paper    Denoising Diffusion Probabilistic Models -- Jonathan Ho, Ajay Jain, Pieter Abbeel, June
          2020, arXiv:2006.11239v2. With it DDIM (Song et al., arXiv:2010.02502), the cosine schedule
          (Nichol, Dhariwal, 2102.09672), classifier-free guidance (Ho, Salimans, 2207.12598).
-Idea     Adding noise T times destroys any image; one small step is nearly undone by a Gaussian.
+Idea     Adding noise T times destroys any image; the reverse of a small step is nearly Gaussian.
          The bound on log p(x_0) becomes T regressions: see a noisy image, name its noise. Any t is
          trained alone, because x_t follows from x_0 in one go.
 Figure   x_0 --- q(x_t | x_(t-1)): shrink, add noise ---> x_t ---> ... ---> x_T ~ N(0, I)
@@ -19,12 +19,12 @@ Symbols  T | T | number of steps, t = 1..T            beta | beta_t | variance a
          x0, x | x_0, x_t | images in [-1, 1] (B, C, H, W)     noise, eps | eps, eps_theta(x_t, t)
          y | c | label (B,), -1 = none     w | w | guidance: eps = (1 + w) eps(c) - w eps; 0 is off
          eta | eta | DDIM's noise: 0 deterministic, 1 ancestral     S | S | DDIM's number of steps
-Differs  One network, with and without labels: three of four are hidden in training (paper: none).
+Differs  One network, with and without labels (paper: none): three of four are hidden in training.
          Every table has an entry t = 0, no noise. Bound: L_0's variance is beta_1 for either
          sigma^2, as beta~_1 is 0. The linear schedule is steeper by 1000 / T if T is not 1000.
          `clip` (the authors' code, not the paper; here the demo) keeps the estimate of x_0 within
-         [-1, 1]. Rate: warm-up, then a cosine to 0, so that a short run ends well; paper: constant.
-         Demo: T = 200, cosine schedule, 8x8 digits; paper: CIFAR-10 and larger.
+         [-1, 1]. Gradients are cut to norm 1 (their code again). Rate: warm-up, then a cosine to 0,
+         so that a short run ends well; paper: constant. Demo: T = 200, cosine schedule, 8x8 digits.
 Run      python diffusion.py                        # about 3 minutes on one CPU core
          python diffusion.py --save m.pt; python diffusion.py --load m.pt --samples 64 --ddim 20
          python diffusion.py --data mnist.npz       # 70 minutes; a 32x32 .npz: the paper's U-Net
@@ -85,7 +85,7 @@ def gaussian_kl(mean1, var1, mean2, var2) -> Tensor:
 
 def decoder_log_prob(x0: Tensor, mean: Tensor, sigma: float, levels: int) -> Tensor:
     """log p(x_0 | x_1), Eq. 13: the Gaussian's mass in x_0's bin; the end bins are infinite."""
-    x0, mean, half = x0.double().cpu(), mean.double().cpu(), 1 / (levels - 1)
+    x0, mean, half = x0.cpu().double(), mean.cpu().double(), 1 / (levels - 1)
     a = torch.where(x0 - half < -1, -math.inf, (x0 - half - mean) / sigma)
     b = torch.where(x0 + half > 1, math.inf, (x0 + half - mean) / sigma)
     a, b = torch.where(a > 0, -b, a), torch.where(a > 0, -a, b)  # in the upper tail 1 - 1 = 0: flip
@@ -345,7 +345,7 @@ def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = slice(rank, None, world)  # all processes draw the same batch and each takes its rows
     stop, t0, first, parameters = [], time.time(), state["step"], list(model.parameters())
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     for step in tqdm(range(first + 1, args.steps + 1), disable=True if rank else None):
         g = torch.manual_seed(args.seed * 10**10 + step)  # dropout's too, so a resumed run is exact
         i = torch.randint(len(images), (B,), generator=g).to(device)
@@ -355,6 +355,8 @@ def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
         y = y.masked_fill(torch.rand(B, generator=g).to(device) < args.drop_label, -1)
         t = torch.randint(1, diffusion.T + 1, (B,), generator=g)
         noise = torch.randn(x0.shape, generator=g).to(device)
+        if world > 1:  # for a dropout of its own
+            torch.manual_seed(args.seed * 10**10 + step + (rank + 1) * 10**9)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.amp):
             loss = diffusion.loss(model, x0[mine], t[mine], noise[mine], y[mine])  # Eq. 14
         optimizer.zero_grad(); loss.backward()  # fmt: skip
@@ -362,10 +364,9 @@ def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
         if world > 1:  # mean over the processes: the gradient of the whole batch
             for tensor in (loss, ended, *(p.grad for p in parameters)):
                 dist.all_reduce(tensor.div_(world))
-        if not torch.isfinite(loss):
-            signal.signal(signal.SIGINT, before)
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(loss + norm):
+            raise FloatingPointError(f"gradient {norm.item()}, loss {loss.item()} at step {step}")
         rate = min(1, step / (0.02 * args.steps)) * (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * rate
         optimizer.step()
@@ -383,7 +384,6 @@ def train(diffusion, model, ema, optimizer, data, args, state) -> bool:
                 os.replace(args.save + ".tmp", args.save)
         if ended:
             break
-    signal.signal(signal.SIGINT, before)
     return bool(ended)
 
 
@@ -514,7 +514,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     for name, (a, b, c, *_, text) in DEFAULTS.items():
-        text = f"default {a}, from 9x9 {b}, from 32x32 (and in the paper) {c}: {text}"
+        larger = f", from 9x9 {b}, from 32x32 (and in the paper) {c}" if a != c else ""
+        text = f"default {a}{larger}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(a), choices=WORDS.get(name), help=text)
     flag("--data", help="digits (default) or a .npz file as Keras's mnist.npz (paper: CIFAR-10)")
     flag("--ddim", type=int, help="DDIM's steps: default 20; with --samples: Algorithm 2")
@@ -526,7 +527,7 @@ def parse(argv):
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown by it")
+    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, help="exit 1 if FD of the unlabelled samples is above this")
     args, loaded, own, data = parser.parse_args(argv), {}, {}, None
     world, state = int(os.environ.get("WORLD_SIZE", 1)), {"step": 0, "history": []}
@@ -573,9 +574,9 @@ def parse(argv):
         if any(side % model.stride for side in state["shape"][1:]):
             raise ValueError(f"sides {state['shape'][1:]} must be multiples of {model.stride}")
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "diffusion.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, model, ema, optimizer, state
@@ -603,12 +604,15 @@ def main(argv=None) -> int:
         count = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
         kind = f"seed {args.seed} | {os.path.basename(args.data)} {len(images)}/{len(test)}"
         print(f"diffusion | {count} | {args.device} | {kind}", flush=True)
+    before = signal.getsignal(signal.SIGINT)
     try:
         if state["step"] < args.steps:
             stopped = train(diffusion, model, ema, optimizer, data, args, state)
     except FloatingPointError as error:
         print(f"diffusion.py: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     if world > 1:
         dist.destroy_process_group()
     if rank:  # the other processes of torchrun are done

@@ -367,43 +367,43 @@ def augment(x: Tensor, u: Tensor, crop=(0.4, 1.0), size=None, rotate=0.0, flip=0
 
 
 def canvas_digits(x: Tensor, seed: int) -> Tensor:
-    """Digits (N, 8, 8) in [0, 1] -> uint8 (N, 32, 32, 3): each enlarged to 14-22 pixels, turned by
-    up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
+    """Digits (N, 1, 8, 8) in [0, 1] -> uint8 (N, 3, 32, 32): each enlarged to 14-22 pixels, turned
+    by up to 15 degrees, brightly coloured and put somewhere on a dark canvas with some noise."""
     g, N = torch.Generator().manual_seed(seed), len(x)
     share = (14 + 8 * torch.rand(N, 1, 1, generator=g)) / 32  # of the canvas's side
     place = (2 * torch.rand(N, 2, 1, generator=g) - 1) * (1 - share)
     angle = (2 * torch.rand(N, generator=g) - 1) * math.pi / 12
     A = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(N, 2, 2) / share
     grid = F.affine_grid(torch.cat([A, -A @ place], 2), [N, 1, 32, 32], align_corners=False)
-    ink = F.grid_sample(x[:, None], grid, align_corners=False)  # (N, 1, 32, 32)
+    ink = F.grid_sample(x, grid, align_corners=False)  # (N, 1, 32, 32)
     colour = (c := torch.rand(N, 3, 1, 1, generator=g)) / c.amax(1, keepdim=True)
     x = 0.1 * (1 - ink) + colour * ink + 0.02 * torch.randn(N, 3, 32, 32, generator=g)
-    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).contiguous()
+    return (x.clamp(0, 1) * 255).byte()
 
 
 def load_data(path: str) -> list[Tensor]:
-    """digits or a Keras-style npz -> x_train uint8 (N, H, W, 3), y_train (N,), x_test, y_test. Of
+    """digits or a Keras-style npz -> x_train uint8 (N, 3, H, W), y_train (N,), x_test, y_test. Of
     1,290 digits five canvases each, in order: the last tenth is of others; of 500, three each."""
     if path == "digits":
         from sklearn.datasets import load_digits
 
         x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
-        x, y = x.view(-1, 8, 8).float() / 16, y.long()
-        rows = torch.arange(1290).repeat_interleave(5)
-        test = torch.arange(1297, 1797).repeat_interleave(3)
+        x, y = x.view(-1, 1, 8, 8).float() / 16, y.long()
+        rows, test = torch.arange(1290), torch.arange(1297, 1797)
+        rows, test = rows.repeat_interleave(5), test.repeat_interleave(3)
         return [canvas_digits(x[rows], 0), y[rows], canvas_digits(x[test], 1), y[test]]
     import numpy as np
 
     with np.load(path, allow_pickle=False) as file:
-        names = "x_train", "y_train", "x_test", "y_test"
-        x, y, x_test, y_test = (torch.from_numpy(file[k]) for k in names)
-    x, x_test = (t.view(*t.shape[:3], -1).expand(-1, -1, -1, 3) for t in (x, x_test))
-    y, y_test = (t.reshape(len(t), -1)[:, 0] for t in (y, y_test))
-    good = x.dtype == x_test.dtype == torch.uint8 and x.shape[1:] == x_test.shape[1:]
+        images = [torch.from_numpy(file[k]) for k in ("x_train", "x_test")]
+        labels = [torch.from_numpy(file[k]) for k in ("y_train", "y_test")]
+    x, x_test = (t.view(*t.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1) for t in images)
+    y, y_test = (t.reshape(len(t), -1)[:, 0].long() for t in labels)
+    good = {t.dtype for t in images} == {torch.uint8} and x.shape[1:] == x_test.shape[1:]
     good = good and (len(x), len(x_test)) == (len(y), len(y_test)) and y_test.max() <= y.max()
-    if not good or y.is_floating_point() or min(y.min(), y_test.min()) < 0:
+    if not good or min(y.min(), y_test.min()) < 0 or any(map(torch.is_floating_point, labels)):
         raise ValueError(f"{path}: images must be uint8 (N, H, W[, 3]), labels 0 .. K - 1")
-    return [x, y.long(), x_test, y_test.long()]
+    return [x, y, x_test, y_test]
 
 
 def load_images(path: str, size) -> Tensor:
@@ -435,7 +435,7 @@ def build(args, x: Tensor, K: int) -> dict:
     if args.patch_size % 2**halvings:
         raise ValueError("with --stem conv, --patch-size must be a power of two")
     convs = [(args.dim // 2, 2), *[(args.dim, 2)] * (halvings - 1)][:halvings]
-    image = x.shape[1:3], args.patch_size // 2**halvings, 3
+    image = x.shape[2:], args.patch_size // 2**halvings, 3
     shape = args.dim, args.K, args.hidden, args.bottleneck, args.head == "bn"
     m, sharp, runs = args.center_momentum, (args.tau_start, args.tau_t), {}
     study = {  # name: steps, labels seen, momentum of the centre (1: none), tau_t
@@ -481,7 +481,7 @@ def train(runs: dict, data, args, state: dict | None = None) -> bool:
             rows = torch.randint(len(known), (args.batch_size,), generator=g)
             rows = known[rows[rank::world].to(x.device)]
             u = torch.rand(len(crops), args.batch_size, 16, generator=g)[:, rank::world]
-            image, kinds = x[rows].permute(0, 3, 1, 2) / 255, crops[: 1 if labels else None]
+            image, kinds = x[rows] / 255, crops[: 1 if labels else None]
             views = [2 * augment(image, r, *crop, **colours) - 1 for r, crop in zip(u, kinds)]
             s = student(views)
             if labels:
@@ -541,36 +541,36 @@ def grey_centred(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(encoder, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> tuple[float, float]:
-    """Test accuracies of k-NN (cosine, k = 5) and logistic regression on frozen features, what
-    encoder(x) says of images (B, 3, H, W) in [0, 1]. x uint8 (N, H, W, 3), labels y (N,)."""
+    """Test accuracies of k-NN (cosine, k = 5) and of logistic regression (standardised) on frozen
+    features, what encoder says of images (B, 3, H, W) in [0, 1]. x uint8 (N, 3, H, W), y (N,)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
-    a, b = ([encoder(part.permute(0, 3, 1, 2) / 255).flatten(1) for part in images.split(256)]
-            for images in (x, x_test))  # fmt: skip
+    a, b = ([encoder(part / 255).flatten(1) for part in t.split(256)] for t in (x, x_test))
     a, b, y, y_test = (t.cpu().numpy() for t in (torch.cat(a), torch.cat(b), y, y_test))
-    knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y).score(b, y_test)
+    knn = KNeighborsClassifier(min(5, len(a)), metric="cosine").fit(a, y)
     mean, sd = a.mean(0), a.std(0) + 1e-6
     warnings.filterwarnings("ignore", "lbfgs failed to converge")  # 100 steps will do
     linear = LogisticRegression(max_iter=100).fit((a - mean) / sd, y)
-    return knn, linear.score((b - mean) / sd, y_test)
+    return knn.score(b, y_test), linear.score((b - mean) / sd, y_test)
 
 
 def digit_share(A: Tensor, x: Tensor) -> tuple[list[float], float]:
     """Where class tokens look: the share of attention on the digit, by head, and that of its area,
     which a head that looks everywhere alike would have. A (n, heads, h, w) of canvases x uint8
-    (n, H, W, 3); a patch's attention spreads evenly over its pixels."""
-    ink = (x.amax(-1, keepdim=True).permute(0, 3, 1, 2) > 0.3 * 255).float()  # canvas: 0.1
+    (n, 3, H, W); a patch's attention spreads evenly over its pixels."""
+    ink = (x.amax(1, keepdim=True) > 0.3 * 255).float()  # canvas: 0.1
     area = F.adaptive_avg_pool2d(ink, A.shape[2:])  # (n, 1, h, w), share of each patch
     share = (A * area).sum((2, 3)) / A.sum((2, 3))
     return share.mean(0).tolist(), area.mean().item()
 
 
 def draw_picture(args, x, maps: dict, history=(), table=None):
-    """Eight images x (n, H, W, 3) over maps {row: (n, h, w)}; right: collapse, accuracies."""
+    """Eight images x (n, 3, H, W) over maps {row: (n, h, w)}; right: collapse, accuracies."""
     from matplotlib.figure import Figure  # without pyplot no window is opened
 
-    rows, which = {"image": x, **maps}, range(0, len(x), max(1, len(x) // 8))[:8]
+    rows = {"image": x.permute(0, 2, 3, 1), **maps}
+    which = range(0, len(x), max(1, len(x) // 8))[:8]
     n, wide = len(which), 6.5 if table else 0
     fig = Figure(figsize=(n + wide, 1.05 * len(rows)), layout="constrained")
     left, *right = fig.subfigures(1, 2, width_ratios=[n, wide]) if table else [fig]
@@ -691,14 +691,17 @@ def parse(argv):
                 raise ValueError(f"--batch-size must divide by {world} and be at most {n}")
             if args.local_size % args.patch_size or args.local_crop > args.crop:
                 raise ValueError("--local-size or --local-crop doesn't fit --patch-size or --crop")
+            for name, old in ckpt.get("args", {}).items():
+                if name in ("seed", "few") and getattr(args, name) != old:
+                    raise ValueError(f"{args.load} was trained with --{name} {old}")
             runs = build(args, data[0], int(y.max()) + 1)
             for part in PARTS if ckpt else ():
                 for name, run in runs.items():
                     getattr(run, part).load_state_dict(ckpt[part][name])
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):  # fails now, not later
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "dino.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     state = {"done": {}, "history": []} | ckpt | {"script": "dino", "args": vars(args), "stop": []}
@@ -720,7 +723,7 @@ def main(argv=None) -> int:
         mean, sd = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         A = vit.attention((x - mean) / sd)  # ImageNet's units, which official weights expect
         maps = {f"head {k}": A[:, k] for k in range(A.shape[1])}
-        draw_picture(args, x.permute(0, 2, 3, 1), {"all heads": A.mean(1), **maps})
+        draw_picture(args, x, {"all heads": A.mean(1), **maps})
         print(f"drew {args.data} in {args.out}/dino.png | {time.time() - t0:.0f} s")
         return 0
     start = build(args, x, int(data[1].max()) + 1)["DINO"].teacher.backbone
@@ -736,6 +739,8 @@ def main(argv=None) -> int:
             dist.destroy_process_group()
     if rank:
         return 0
+    if stopped:
+        print("stopped by Ctrl-C; the table has what was trained so far")
     table = {}
     for run in runs["few labels"], runs["all labels"]:  # which know the rows that have labels
         encoders = {"raw pixels": nn.Identity(), "grey centred": grey_centred}
@@ -743,7 +748,7 @@ def main(argv=None) -> int:
         nets |= {"DINO student": runs["DINO"].student.backbone, "DINO teacher": vit}
         encoders |= {k: lambda x, net=net: net(2 * x - 1) for k, net in nets.items()}
         for name, encoder in encoders.items():
-            if name != "labels alone" or args.label_steps:
+            if name != "labels alone" or "all labels" in state["done"]:
                 row = evaluate(encoder, x[run.known], data[1][run.known], *data[2:])
                 table[name] = table.get(name, ()) + row
     few, every = f"{args.few} labels", f"{len(x)} labels"
@@ -751,7 +756,7 @@ def main(argv=None) -> int:
     for name, (knn, linear, knn_all, linear_all) in table.items():
         print(f"{name:26} {knn:17.4f} {knn_all:12.4f} | {linear:19.4f} {linear_all:12.4f}")
     x, line = data[2], ""
-    scaled = [2 * (part.permute(0, 3, 1, 2) / 255) - 1 for part in x.split(256)]
+    scaled = [2 * (part / 255) - 1 for part in x.split(256)]
     A, A_0 = (torch.cat([net.attention(part) for part in scaled]) for net in (vit, start))
     if args.data == "digits":
         (share, area), (share_0, _) = digit_share(A, x), digit_share(A_0, x)

@@ -30,12 +30,12 @@ Differs  `--paper` undoes this, for the paper's 10M frames (here: steps; days on
          Screens    all of it at 84 x 84, maximum of two frames, up to 30 no-ops, FIRE at reset
                     (Nature, ale-py); the paper crops 110 x 84 to 84 x 84 and names no others.
          Either way gamma .99 and RMSProp's rates are Nature's, Space Invaders skips 4 frames, not
-         3, and all games restart every 50,000 steps, so that --load is exact.
+         3, and all games restart every 50,000 steps, so that --load is exact with --save-memory.
 Run      python dqn.py                            # Pong, some 16 minutes of one core's time
          python dqn.py --minutes 105 --memory 400000 --save pong.pt    # the long run of Expect
          python dqn.py --load pong.pt --lr 1e-4 --target-every 500 --minutes 33 --save pong.pt
          python dqn.py --game Breakout --minutes 60 --memory 300000 --save breakout.pt
-Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.2 (-11.2, -12.7, -4.7) |
+Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -9.5 +- 4.3 (-11.2, -12.7, -4.7) |
          random -20.0 +- .6 | paper 20, random -20.4, after 10M frames: 16 times as many or, if they
          are steps, 62. The pace of target and epsilon was chosen after a slower one (500 updates,
          60,000 steps) had scored -15.0, -15.6 with seeds 0 and 1; seed 2 had no part in it. The
@@ -432,7 +432,8 @@ def parse(argv):
             if getattr(args, name) is None:
                 setattr(args, name, values[name])
             if isinstance(bounds, tuple) and not bounds[0] <= getattr(args, name) <= bounds[1]:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in {bounds}")
+                name = name.replace("_", "-")
+                raise ValueError("--{} must lie between {} and {}".format(name, *bounds))
         for name in FIXED:
             if getattr(args, name) != own.get(name, getattr(args, name)):
                 raise ValueError(f"--{name} {getattr(args, name)}: the checkpoint has {own[name]}")
@@ -456,9 +457,9 @@ def parse(argv):
             vars(memory).update(ckpt["memory"])
             run |= ckpt["run"]
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):  # not at the end
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "dqn.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, ckpt, (env, q, target, opt, memory, run)
@@ -485,9 +486,9 @@ def main(argv=None) -> int:
         return 1
     score, seed, trail, _ = play(q, args, 0.05)
     draw_picture(args, run, score, random, seed, trail)
-    paper = dict(zip(("random", "DQN"), TABLE1.get(args.game, ()))) or "not played"
+    paper = "{1}, random {0}".format(*TABLE1.get(args.game, ("-", "-")))
     line = f"test score {score.mean():.1f} (sd {score.std():.1f}, {len(score)} games) | "
-    line += f"random {random.mean():.1f} | paper: {paper} | {run['step']} steps"
+    line += f"random {random.mean():.1f} | paper {paper} | {run['step']} steps"
     print(f"{line} | {time.time() - t0:.0f} s")
     return 130 if stopped else int(args.target is not None and score.mean() < args.target)
 

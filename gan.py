@@ -15,7 +15,7 @@ Figure   noise z (B, z_dim) ~ N(0, 1)
          D climbs     V = E log D(x) + E log(1 - D(G(z)))     k steps, G held
          G descends   -log D(G(z)), or saturating log(1 - D(G(z)))     one step, D held
 Symbols  G, D | G(z; theta_g), D(x; theta_d) | the players    a | - | D's logit (B,)
-         x, z | x, z | data, noise                            y | y | labels (B,), if conditional
+         x, z | x, z | data, noise                            y | c | labels (B,), if conditional
          value | V(D, G) | Eq. 1                              k, batch_size | k, m | Algorithm 1
          p_data, p_g | p_data, p_g | densities of x and of G(z)
 Differs  Leaky ReLU for maxout in D, no dropout; tanh and data in [-1, 1]; Adam for momentum.
@@ -235,7 +235,7 @@ def train(pairs, data, args, state) -> bool:
 
     how = {"GAN": (args.r1, args.saturating, args.ema), "Algorithm 1": (0.0, True, 0.0)}
     x, y, stop, t0, first = *(t.to(args.device) for t in data[:2]), [], time.time(), state["step"]
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     for step in tqdm(range(first + 1, args.steps + 1), disable=None):
         g, batches = torch.Generator().manual_seed(args.seed * 10**10 + step), []
         for _ in range(args.k + 1):  # k for D, the last for G
@@ -251,7 +251,6 @@ def train(pairs, data, args, state) -> bool:
             loss = generator_step(G, D, opt_G, *batches[-1][1:], saturating)
             update_average(average, G, decay)
             if not math.isfinite(game[0] + loss):
-                signal.signal(signal.SIGINT, before)
                 raise FloatingPointError(f"{name}: V {game[0]}, loss of G {loss} at step {step}")
             state["history"].append((step, name, *game))
         state["step"] = step
@@ -267,7 +266,6 @@ def train(pairs, data, args, state) -> bool:
                 os.replace(args.save + ".tmp", args.save)
         if stop:
             break
-    signal.signal(signal.SIGINT, before)
     return bool(stop)
 
 
@@ -428,8 +426,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag, onoff = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     for name, (value, npz, *_, text) in DEFAULTS.items():
+        also = f", npz {npz}" * (npz != value)
         kind = onoff if value is False else {"type": type(value)}
-        flag(f"--{name.replace('_', '-')}", **kind, help=f"default {value}, npz {npz}: {text}")
+        flag(f"--{name.replace('_', '-')}", **kind, help=f"default {value}{also}: {text}")
     flag("--data", help="digits (default: scikit-learn's, 8x8) or a Keras-style npz file")
     flag("--net", choices=["mlp", "dcgan"], help="default mlp, as in the paper; dcgan for files")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
@@ -437,7 +436,7 @@ def parse(argv):
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
     flag("--samples", type=int, help="with --load: only write this many samples; needs no data")
-    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown by it")
+    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, help="exit 1 if the FD is larger")
     args, loaded, own, data, pairs = parser.parse_args(argv), {}, {}, None, {}
     state = {"step": 0, "history": []}
@@ -481,9 +480,9 @@ def parse(argv):
             for part, weights in zip(pairs[name], loaded.get(name, [])):
                 part.load_state_dict(weights)
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "gan.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, pairs, state
@@ -503,13 +502,17 @@ def main(argv=None) -> int:
         x = (x * 255).round().byte().permute(0, 2, 3, 1).squeeze(-1)
         labels = {} if y is None else {"y": y.cpu()}
         np.savez(os.path.join(args.out, "gan_samples.npz"), x=x.cpu(), **labels)
+        print(f"{args.samples} samples in {args.out}/gan_samples.npz")
         return 0
+    before = signal.getsignal(signal.SIGINT)
     try:
         if state["step"] < args.steps:
             stopped = train(pairs, data, args, state)
     except FloatingPointError as error:
         print(f"gan.py: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     fd, x = evaluate(pairs, data, args)
     draw_picture(args, pairs, state["history"], x, data[0] / 255)
     line = " | ".join(f"{name} {v:.2f}" for name, v in fd.items())

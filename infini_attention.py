@@ -1,7 +1,7 @@
 """Infini-attention: local attention plus a memory of fixed size that the rest of the past fits in.
 
 Paper    Leave No Context Behind: Efficient Infinite Context Transformers with Infini-attention --
-         Tsendsuren Munkhdalai, Manaal Faruqui, Siddharth Gopal, April 2024, arXiv:2404.07143v2
+         Tsendsuren Munkhdalai, Manaal Faruqui, Siddharth Gopal, April 2024, arXiv:2404.07143v1
 Idea     Attention forgets nothing and so its cache grows with the text. Read the text in segments:
          exact attention within one, and of all before it a sum of key-value products, read with the
          same queries by linear attention. A learned gate per head mixes the two.
@@ -19,8 +19,9 @@ Symbols  q, k, v | Q, K, V | (B, h, N, d)         sigma | sigma | ELU + 1, posit
          M | M_s | memory (B, h, d, d)            z | z_s | sum of all sigma(k) (B, h, d)
          A_mem, A_dot | read from memory, from the segment (B, h, N, d)    beta | beta | gate (h,)
 Differs  Rotary positions in the local part (the paper leaves the base model's). The demo trains a
-         small decoder from nothing on keys of three digits among 16 filler words; the paper tunes
-         an LLM on keys of up to five among repeated English. The key never straddles two segments.
+         small decoder from nothing on keys of three digits among 16 filler words, and counts whole
+         keys; the paper tunes an LLM on longer keys among repeated English, and counts tokens. The
+         key never straddles two segments. Scores are divided by sqrt(d), not sqrt(d_model).
          beta has a rate of its own, 10 times the others', and W_Q, W_K, W_V start twice as large as
          torch's, so that sigma tells tokens apart from the start.
 Run      python infini_attention.py                    # passkeys, 6 minutes on one core
@@ -103,7 +104,7 @@ class InfiniAttention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)  # Eq. 1
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, h, N, d)
-        # Eq. 2: softmax(q k^T / sqrt(d)) v with a causal mask, positions counted in the segment
+        # Eq. 2 (there sqrt(d_model)): softmax(q k^T / sqrt(d)) v, causal, positions by segment
         A = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         if not self.local_only:
             wide = torch.promote_types(v.dtype, torch.float32)  # in bfloat16 sums stop to grow
@@ -220,7 +221,7 @@ def train(models, optimizers, args, start=0, history=()):
     from tqdm import tqdm
 
     history, stop, step, t0 = list(history), [], start, time.time()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     for step in tqdm(range(start + 1, args.steps + 1), disable=None):
         g = torch.Generator().manual_seed(args.seed * 10**10 + step)
         segments = 2 + step % (args.segments - 1)  # all lengths in turn
@@ -233,7 +234,6 @@ def train(models, optimizers, args, start=0, history=()):
             logits = model(x[:, -args.segment :] if name == "local" else x, last=DIGITS)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
             if not torch.isfinite(loss):
-                signal.signal(signal.SIGINT, before)
                 raise FloatingPointError(f"the {name} model's loss is {loss.item()} at step {step}")
             for group in optimizers[name].param_groups:
                 group["lr"] = group["peak"] * rate
@@ -250,7 +250,6 @@ def train(models, optimizers, args, start=0, history=()):
                 save(args, models, optimizers, step, history)
         if stop:
             break
-    signal.signal(signal.SIGINT, before)
     return step, history, bool(stop)
 
 
@@ -269,8 +268,8 @@ def save(args, models, optimizers, step, history):
 @torch.no_grad()
 def accuracy(model, segments: int, depth: float, args, n: int) -> float:
     """Share of n fresh texts whose whole key is named right, digit after digit."""
-    g, right = torch.Generator().manual_seed(args.seed * 10**10 + 10**9), []
-    for rows in range(0, n, 50):  # of no training step
+    g, right = torch.Generator().manual_seed(args.seed * 10**10 + 10**9), []  # no training step's
+    for rows in range(0, n, 50):
         x, y = passkey_batch(min(50, n - rows), segments, args.segment, g, depth)
         x = x[:, -args.segment :] if model.blocks[0].attention.local_only else x  # as in training
         logits = model(x.to(args.device), last=DIGITS)
@@ -375,9 +374,9 @@ def parse(argv):
                 for g, new in zip(optimizers[name].param_groups, groups):
                     g["peak"] = new["peak"]  # what --lr says, not the checkpoint
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "infini_attention.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, models, optimizers, ckpt.get("step", 0), ckpt.get("history", [])
@@ -389,12 +388,15 @@ def main(argv=None) -> int:
     count, L = sum(p.numel() for p in model.parameters()) / 1e6, args.segment * args.segments
     kind = f"passkeys in up to {L} tokens, segments of {args.segment}"
     print(f"infini_attention | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    before = signal.getsignal(signal.SIGINT)
     try:
         if step < args.steps:
             step, history, stopped = train(models, optimizers, args, step, history)
     except FloatingPointError as error:
         print(f"infini_attention.py: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     seconds, depths, table = time.time() - t0, ("start", "middle", "end"), {}
     times, n = ((1, 2), 10) if args.quick else ((1, 8, 64), 200)
     for name, m in models.items():

@@ -20,7 +20,7 @@ Symbols  u | x | input of the SSM (B, L, D)            dt | Delta | step size (B
          A | A | diagonal of the state matrix (D, N)   h | h | state (B, D, N)
          B, C | B, C | input / output matrix (B, L, N) D | D | skip weight (D,); also D = d_inner
          A_bar, B_bar | discretised A, B: exp(dt A) and dt B          z | gate branch (B, L, D)
-Differs  B_bar = dt B, the first-order form that the official code uses, not the ZOH of Eq. 4.
+Differs  As the official code: B_bar = dt B, not Eq. 4's ZOH; dt starts log-uniform, not uniform.
          The copying demo has length 104 and not 4096, 8 data tokens and not 16, 1,500 steps and
          not 400,000, and sequences that grow in training: it has to end in minutes. Its LTI model
          keeps gate and convolution (Table 1's "Mamba block + S4"); its SSM is real and diagonal.
@@ -115,7 +115,7 @@ def _chunk_backward(A_bar, u, dt, B, C, h, dy, A, g, dA):
 
 @functools.cache
 def _compiled(kernel):
-    """torch.compile(kernel); where that fails, one line on stderr and it runs as it is, eagerly."""
+    """torch.compile(kernel); where that fails, a line on stderr, and it runs as it is, eagerly."""
     run = torch.compile(kernel)
 
     def call(*args):
@@ -279,7 +279,8 @@ class MambaBlock(nn.Module):
         self.out_proj = nn.Linear(D, d_model, bias=False)
         self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(D, 1))  # S4D-real: A = -n
         self.D = nn.Parameter(torch.ones(D))
-        # softplus(bias) is log-uniform in [1e-3, 1e-1]: memories of 10 to 1,000 steps (Section 3.6)
+        # softplus(bias) is log-uniform in [1e-3, 1e-1]: memories of 10 to 1,000 steps. Section 3.6
+        # says uniform; this is the official code's
         dt = torch.exp(torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
         inverse_softplus = dt + torch.log(-torch.expm1(-dt))
         if selective:
@@ -295,7 +296,7 @@ class MambaBlock(nn.Module):
         """The selection (Algorithm 2, lines 2-4): u (B, L, D) -> dt (B, L, D), B, C (B, L, N)."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.N, self.N], -1)
         dt = F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float()
-        return F.softplus(dt), B, C  # fp32: in bf16 a small dt would round to nothing
+        return F.softplus(dt), B, C  # fp32: bf16 would be off by up to 2 % in dt
 
     def forward(self, x: Tensor, state=None, mask: Tensor | None = None):
         """x (B, L, d_model), mask (B, L) with 0 on padding -> y (B, L, d_model), state."""
@@ -570,7 +571,7 @@ def draw_picture(args, models, history, x, table):
 
 TASKS = ["copying", "induction", "lm"]
 DEFAULTS = {  # by task, --quick, least, most, meaning
-    "steps": (1500, 2000, 2000, 4, 1, 10**8, "(paper: 400,000 for copying)"),
+    "steps": (1500, 2000, 2000, 4, 1, 10**8, "of training (paper: 400,000 for copying)"),
     "batch_size": (48, 32, 12, 4, 1, 10**6, "sequences (paper: 64, induction 8)"),
     "length": (104, 256, 64, 40, 20, 10**7, "tokens (paper: 4096, 256)"),
     "lr": (6e-3, 3e-3, 4e-3, 1e-3, 1e-12, 9.0, "peak rate (paper: 1e-4, 1e-3)"),
@@ -583,16 +584,17 @@ def parse(argv):
     """-> args, models, optimizers, state, fresh or loaded. Bad input: one line, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--task", choices=TASKS, help="default copying")
-    flag("--data", help="text for --task lm: its bytes are the tokens, its last tenth the test")
+    flag("--task", choices=TASKS, help="default copying; other defaults follow this order")
+    flag("--data", help="for --task lm: a text's bytes, its last tenth (128 kB at most) the test")
     for name, (*values, _, _, _, text) in DEFAULTS.items():
-        text = f"default {' / '.join(f'{v:g}' for v in values)} by task, {text}"
+        shown = values if len({*values}) > 1 else values[:1]
+        text = f"default {' / '.join(f'{v:g}' for v in shown)}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(values[0]), help=text)
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--quick", action="store_true", help="seconds: every part runs, nothing is proved")
+    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, help="exit 1 if the metric of the last line misses this")
     flag("--no-compile", action="store_true", help="run the scan eagerly: no compiler, no warm-up")
     args, state = parser.parse_args(argv), {"step": 0, "history": []}
@@ -615,9 +617,9 @@ def parse(argv):
         if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError("--batch-size must be a multiple of the number of processes")
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):  # now, not at the end
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "mamba.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
         if args.device == "auto":  # cuda, mps or what else there is
             args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
         if args.device == "cuda":
@@ -661,13 +663,14 @@ def main(argv=None) -> int:
             print("compiling the scan: some 20 s the first time, then from its cache", flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    before = signal.getsignal(signal.SIGINT)
     try:
         stopped = train(models, optimizers, args, state)
     except FloatingPointError as error:
         print(f"mamba.py: stopped: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
         if dist.is_initialized():
             dist.destroy_process_group()
     if rank:  # the other processes of torchrun are done
@@ -677,6 +680,8 @@ def main(argv=None) -> int:
         g, test = torch.Generator(args.device).manual_seed(args.seed), args.test
         test = test[: max(500 * few**2, 2 * args.length)]
         sample = best.generate(test[None, :1], 20 * few, generator=g, top_k=40)
+        if hasattr(sys.stdout, "reconfigure"):  # not every terminal has every character
+            sys.stdout.reconfigure(errors="replace")
         print(bytes(sample[0].tolist()).decode("utf-8", "replace"))
         nats, windows = text_loss(best, test, len(test) - 1), text_loss(best, test, args.length)
         p = args.text.bincount(minlength=256) / len(args.text)

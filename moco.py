@@ -57,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- 1. Views: MoCo v1's are the paper's [Technical details], v2 adds blur ----
+# ---- 1. Views: v1's [Technical details], but colours in 4 of 5 as in v2, which adds blur ----
 
 
 def augment(x: Tensor, u: Tensor, crop=0.2, rotate=0.0, flip=0.5, jitter=0.4, hue=0.4, grey=0.2,
@@ -165,7 +165,7 @@ ENCODERS["resnet50"] = partial(ResNet, (3, 4, 6, 3), bottleneck=True)
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07) -> Tensor:
     """Eq. 1: q, k (n, d) and queue (d, K) of length one -> (). At chance it is ln(K + 1). Each q is
-    to pick its own k among it and the K keys of other, earlier images."""
+    to pick its own k out of K + 1: that one and the K keys in the queue."""
     l_pos = (q * k).sum(1, keepdim=True)  # (n, 1)
     l_neg = q @ queue  # (n, K)
     logits = torch.cat([l_pos, l_neg], 1) / temperature
@@ -175,7 +175,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.07) -> 
 class MoCo(nn.Module):
     """encoder_q learns by gradient, encoder_k follows it, the queue remembers K of its keys. In
     `groups` parts a process normalises a batch (batch norm), as that many GPUs would; with 1 group
-    on 1 process shuffling does nothing, and a query's own key is in its statistics."""
+    on 1 process shuffling does nothing: a query and its key are normalised over the same images."""
 
     def __init__(self, encoder: nn.Module, dim=128, K=65536, m=0.999, temperature=0.07, groups=1):
         super().__init__()
@@ -196,8 +196,8 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def keys(self, x_k: Tensor, shuffle: Tensor) -> Tensor:
-        """Shuffled BN (Section 3.3): keys are normalised in the company of other images' keys.
-        Beside its query's, the group's statistics would tell which key belongs: a short cut."""
+        """Shuffled BN (Section 3.3): a key is normalised among other images than its query. Among
+        the same ones the statistics would tell which key belongs: a short cut."""
         rank, world = rank_and_world()
         mine = gather(x_k)[shuffle].chunk(world)[rank]
         k = F.normalize(self.grouped(self.encoder_k, mine), dim=1)
@@ -474,7 +474,7 @@ def parse(argv):
     flag = parser.add_argument
     flag("--data", help="digits (default) or FILE.npz in the format of Keras's cifar10")
     for name, (value, npz, _, _, text) in DEFAULTS.items():
-        text = f"default {value}, npz {npz}: {text}"
+        text = f"default {value}{f', npz {npz}' * (npz != value)}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(value), help=text)
     flag("--encoder", choices=ENCODERS, help="default small, npz resnet18 (paper: resnet50)")
     flag("--head", choices=["linear", "mlp"], help="default mlp, of v2 (paper: linear)")
@@ -529,9 +529,9 @@ def parse(argv):
         for run in runs.values():
             run.optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the flag goes first
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "moco.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, ckpt, data, runs

@@ -18,6 +18,7 @@ Symbols  encoder | f(.) | a ResNet, x -> h (B, D)      head | g(.) | MLP, h -> z
          z1, z2 | z_2k-1, z_2k | views' outputs (N, d)  temperature | tau | > 0
          sim | sim(z_i, z_j) | cosines (2 N, 2 N)       u | t ~ T | random numbers of a view (B, 16)
 Differs  Colour jitter is one 3 x 3 matrix per image, in a fixed order, hue as a turn in YIQ.
+         Figure 5's runs change both views; "crop only" turns, too. Warm-up and cosine multiply.
          g has a batch norm in its hidden layer (the paper doesn't say; the official code normalises
          z, too). The demo: a ResNet of three blocks, 1,161 digits, AdamW, stronger hue, crops from
          half the area on (smaller ones lose the digit), rotation, no blur. `--data` takes the
@@ -32,7 +33,7 @@ Expect   Linear probe with 1,000 labels, test digits never seen, seeds 0-2: .834
          labels .867 +- .003 (k-NN .714, .788). Raw pixels .143, grey centred .149, random network
          .206, the same network trained with the 1,000 labels .879 +- .020; k-NN with all labels:
          raw .591, grey .737. Figure 5, 250 steps each: both .532, colour only .406, crop only .201.
-         Figure 8: with all labels h is ahead of z, .867 to .852 +- .004; with 1,000 they are equal
+         Section 4.2: with all labels h leads z, .867 to .852 +- .004; with 1,000 they are equal
          (.834, .828) and in k-NN z leads: less than the paper's 10 %. CIFAR-10 (a JPEG copy), the
          hour's command, seed 0, 68 epochs: with all labels h .618, z .581, random network .404, raw
          pixels .396, labels alone .711; k-NN h .570, z .550, random network .328; with 1,000 labels
@@ -118,7 +119,8 @@ def gather(x: Tensor) -> Tensor:
         dist.all_reduce(grad := grad.clone())
         return grad
 
-    out.register_hook(total)
+    if out.requires_grad:  # not under no_grad
+        out.register_hook(total)
     return out
 
 
@@ -451,9 +453,9 @@ def parse(argv):
     """-> args, checkpoint or {}, data, runs. Bad input: one line on stderr, exit 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--data", help="digits (default) or FILE.npz in the format of Keras's cifar10")
+    flag("--data", help="digits (default) or FILE.npz like Keras's cifar10, by the paper's recipe")
     for name, (value, npz, _, _, text) in DEFAULTS.items():
-        text = f"default {value}, npz and paper {npz}: {text}"
+        text = f"default {value}{f', npz {npz}' * (npz != value)}: {text}"
         flag(f"--{name.replace('_', '-')}", type=type(value), help=text)
     flag("--encoder", choices=ENCODERS, help="default small, npz resnet18 (paper: resnet50)")
     flag("--optimizer", choices=["adamw", "lars"], help="default adamw, npz lars (paper: lars)")
@@ -506,9 +508,9 @@ def parse(argv):
             group = run.optimizer.param_groups[0]
             group["wd" if "wd" in group else "weight_decay"] = args.weight_decay  # the flag's
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "simclr.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, ckpt, data, runs

@@ -18,13 +18,14 @@ Figure   (Figure 1; each box is post-norm: LayerNorm(x + Sublayer(x)), once per 
                                                        | (B, T, d)
                                                the same matrix, transposed -> logits (B, T, V)
 Symbols  q, k, v | Q, K, V | queries (B, h, T, d_k), keys and values (B, h, S, d_k)
-         num_heads | h | heads, d_k = d_v = d_model / h    pe | PE | positions (., d_model)
+         num_heads | h | heads, d_k = d_v = d_model / h    sinusoids | PE | positions
          num_layers | N | layers per side                  eps | eps_ls | label smoothing
          S, T, V | - | source and target length, pieces    alpha | alpha | length penalty
-Differs  W_q to W_o have biases, as everywhere by now, and start as Glorot says; the paper has none
-         and names no start. (Dropout is where Section 5.4 puts it; torch.nn has two more.)
+Differs  W_q to W_o have biases, as everywhere by now, and Glorot's initialisation; the paper has no
+         biases and names none. (Dropout is where Section 5.4 puts it; torch.nn has two more.)
+         Tokens are characters (dates) or lower-case words, not byte pairs; 64 pairs are a batch.
          Beam search ends when nothing can overtake the best output; the paper gives no rule.
-         The demo is small (d_model 64, N = 2, batch 64, warm-up 400, 2,500 steps) and averages
+         The demo is small (d_model 64, N = 2, warm-up 400, 2,500 steps) and averages
          weights 50 steps apart, not 10 minutes, as it has to end in minutes.
          LanguageModel and Classifier are later uses of the layers; the paper has neither.
 Run      python transformer.py                         # dates to ISO, about 3 minutes on one core
@@ -431,7 +432,7 @@ def train(model, optimizer, data, args, state) -> bool:
     if world > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     lengths = torch.tensor([len(x) for x in data["train"][0]] if args.task == "translate" else [0])
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after a step
     for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
         torch.manual_seed(args.seed * 10**9 + step)  # for the batch, and for dropout
         rows = torch.randint(n, (args.batch_size,))
@@ -453,7 +454,6 @@ def train(model, optimizer, data, args, state) -> bool:
                 dist.all_reduce(t.div_(world))
         loss, stopped = now.tolist()
         if not math.isfinite(loss):
-            signal.signal(signal.SIGINT, before)
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         optimizer.step()
         state["step"] = step
@@ -473,7 +473,6 @@ def train(model, optimizer, data, args, state) -> bool:
                 os.replace(args.save + ".tmp", args.save)
         if stopped:
             break
-    signal.signal(signal.SIGINT, before)
     if world > 1:
         dist.destroy_process_group()
     return bool(stopped)
@@ -500,6 +499,8 @@ def evaluate(model, part, args, most=None) -> list[float]:
 def report(model, data, pieces, lines, args) -> tuple[float, str]:
     """The test: prints examples -> the metric that --target is compared with, the last line."""
     nats, acc, _ = evaluate(model.eval(), data["test"], args)
+    if hasattr(sys.stdout, "reconfigure"):  # not every terminal has every character
+        sys.stdout.reconfigure(errors="replace")
     (x, y), (xt, yt) = data["train"], data["test"]
     if args.kind == "classify":
         knn = (y[torch.cdist(xt.float(), x.float()).argmin(1)] == yt).float().mean().item()
@@ -508,7 +509,7 @@ def report(model, data, pieces, lines, args) -> tuple[float, str]:
         ids = model.generate(xt[:1, :1].to(args.device), 20 if args.quick else 300)[0]
         print("".join(pieces[i] for i in ids.tolist()))
         p, bits = y[:: args.length].flatten().bincount().double(), nats / math.log(2)
-        line = f"{torch.special.entr(p / p.sum()).sum() / math.log(2):.3f} | nanoGPT's recipe 2.71"
+        line = f"{torch.special.entr(p / p.sum()).sum() / math.log(2):.3f}"
         return bits, f"val bits per character {bits:.3f} ({nats:.3f} nats) | by frequencies {line}"
     outputs = [""] * len(lines)
     for rows in torch.tensor([len(s) for s in xt]).argsort().split(64):
@@ -589,7 +590,7 @@ def parse(argv):
     flag("--out", default="out", help="folder for the picture, default out")
     flag("--save", help="checkpoint to write, at every log line and at the end")
     flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--quick", action="store_true", help="seconds: every part runs, nothing is learnt")
+    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
     flag("--target", type=float, help="exit 1 if the last line's metric misses this")
     args, ckpt, own = parser.parse_args(argv), {}, {}
     try:  # whatever is wrong with flags, data or checkpoint ends here, in one line
@@ -605,6 +606,8 @@ def parse(argv):
         args.kind = args.task if args.task != "translate" else "pairs" if args.data else "dates"
         if own and own["kind"] != args.kind:
             raise ValueError(f"{args.load} was trained on {own['kind']}, not on {args.kind}")
+        if own and args.kind == "dates" and args.seed not in (None, own["seed"]):
+            raise ValueError("--seed draws the days: beside --load it can't change")
         if (args.val or args.test) and args.kind != "pairs":
             raise ValueError("--val and --test go with --data, a file of pairs")
         args.pad = -100 if args.kind == "classify" else 0
@@ -638,9 +641,9 @@ def parse(argv):
             model.load_state_dict(ckpt["model"])
             optimizer.load_state_dict(ckpt["optimizer"])
         os.makedirs(args.out, exist_ok=True)
-        for folder in (args.out, os.path.dirname(args.save or "") or "."):
-            if not os.access(folder, os.W_OK) or os.path.isdir(args.save or ""):
-                raise ValueError(f"cannot write to the folder {folder}, or --save is a folder")
+        for path in filter(None, (args.save, os.path.join(args.out, "transformer.png"))):
+            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+                raise ValueError(f"cannot write {path}")  # now, not after the training
     except Exception as error:
         parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
     return args, data, pieces, lines, model, optimizer, state
@@ -652,11 +655,14 @@ def main(argv=None) -> int:
     kind = f"{args.kind} " + "/".join(str(len(data[part][0])) for part in ("train", "val", "test"))
     if args.rank == 0:
         print(f"transformer | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
+    before = signal.getsignal(signal.SIGINT)
     try:
         stopped = train(model, optimizer, data, args, state)
     except FloatingPointError as error:
         print(f"transformer.py: stopped: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     if args.rank:  # the other processes of torchrun are done
         return 0
     seconds, kept = time.time() - t0, state["kept"] or [model.state_dict()]

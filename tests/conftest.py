@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
     torch.manual_seed(0)
+    # --device auto is the CPU here; test_devices.py names the GPU itself
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", ["pytest"])  # argparse's name, also in a worker of xdist
 
 

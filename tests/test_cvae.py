@@ -380,7 +380,7 @@ def test_digits_are_split_without_overlap():
 
 def run(*args, timeout=120):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "cvae.py", *map(str, args)]
+    command = [sys.executable, "cvae.py", "--device", "cpu", *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
@@ -516,7 +516,7 @@ def test_ctrl_c_finishes_the_step_and_the_run(tmp_path, monkeypatch, capsys):
     real, file = cvae.validate, tmp_path / "c.pt"
 
     def interrupted(*a):  # in the middle of step 6
-        file.exists() and os.kill(os.getpid(), signal.SIGINT)
+        file.exists() and signal.raise_signal(signal.SIGINT)
         return real(*a)
 
     monkeypatch.setattr(cvae, "validate", interrupted)

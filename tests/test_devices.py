@@ -1,13 +1,17 @@
 """Every model under bfloat16 autocast, under torch.compile and, where there is one, on a GPU."""
 
 import importlib
+import os
 import pathlib
 
 import pytest
 import torch
+import torch.nn as nn
 
 ROOT = pathlib.Path(__file__).parent.parent
-GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+# hosted runners show an MPS that has no memory
+MPS = torch.backends.mps.is_available() and not os.environ.get("CI")
+GPU = "cuda" if torch.cuda.is_available() else "mps" if MPS else None
 
 
 def images(*shape):
@@ -41,11 +45,12 @@ MODELS = {
         (images(2, 16).round(), images(2, 48).round()),
         lambda model, x, y: -m.hybrid_objective(model, x, y, 0.5).mean(),
     ),
-    "gan": lambda m: (
+    "gan": lambda m: (  # its D; G is below
         m.Discriminator((1, 8, 8), 8),
         (images(2, 1, 8, 8),),
         lambda model, x: -m.value(model(x), model(x.flip(0))),
     ),
+    "gan G": lambda m: (m.Generator((1, 8, 8), 8, dim=8), (images(2, 8),)),
     "diffusion": lambda m: (
         m.UNet(1, 8, (1, 2), 1, num_classes=3),
         (images(2, 1, 8, 8), torch.tensor([1, 7]), torch.tensor([0, -1])),
@@ -98,7 +103,10 @@ def total(out):
 def build(name, device="cpu"):
     """-> model, loss(): a function without arguments, the same random numbers at every call."""
     torch.manual_seed(0)
-    model, inputs, *loss = MODELS[name](importlib.import_module(name))
+    model, inputs, *loss = MODELS[name](importlib.import_module(name.split()[0]))
+    for p in model.parameters():  # layers that start at zero would hide all before them
+        if p.requires_grad and not p.any():
+            nn.init.normal_(p, std=0.1)
     model.eval().to(device)
     inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
 
@@ -112,7 +120,9 @@ def build(name, device="cpu"):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert max(g.abs().max() for g in grads) > 1e-4  # else there is nothing to compare
+    return grads
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -120,7 +130,7 @@ def test_bfloat16_autocast_stays_near_float32(name):
     model, run = build(name)
     with torch.autocast("cpu", torch.bfloat16):
         loss = run()
-    torch.testing.assert_close(loss.float(), run(), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(loss.float(), run(), rtol=0.1, atol=1e-3)
     grads = gradients(model, loss)
     assert grads and all(torch.isfinite(g).all() for g in grads)
 
@@ -159,4 +169,5 @@ def test_every_script_runs_and_resumes_on_a_gpu(file, tmp_path):
     main = importlib.import_module(file.stem).main
     flags = ["--quick", "--device", GPU, "--out", str(tmp_path)]
     assert main([*flags, "--save", str(tmp_path / "a.pt")]) == 0
-    assert main([*flags, "--load", str(tmp_path / "a.pt")]) == 0
+    more = torch.load(tmp_path / "a.pt", weights_only=True)["args"]["steps"] + 8
+    assert main([*flags, "--load", str(tmp_path / "a.pt"), "--steps", str(more)]) == 0

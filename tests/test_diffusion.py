@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -432,7 +433,7 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
         real(*args)
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), script.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     script.update_ema = interrupt
     try:
@@ -476,7 +477,7 @@ def test_resumed_equals_unbroken_and_samples_without_data(tmp_path, capsys):
         (["--label", "10"], "--label"),
         (["--samples", "4"], "--load"),
         (["--out", "a-file/x"], "a-file"),
-        (["--save", "."], "folder"),
+        (["--save", "."], "cannot write"),
         (["--load", "other.pt"], "not a checkpoint of this script"),
         (["--load", "few.npz"], "archive"),
     ],
@@ -541,6 +542,10 @@ def test_nan_stops_and_the_target_counts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Diffusion, "loss", lambda *a: torch.tensor(math.nan, requires_grad=True))
     assert main(tmp_path, "--save", tmp_path / "n.pt") == 1
     assert "nan at step 1" in capsys.readouterr().err
+    slope = lambda _, model, *a: (0 * next(model.parameters()).sum()).sqrt()  # noqa: E731
+    monkeypatch.setattr(Diffusion, "loss", slope)  # 0, but its gradient isn't finite
+    assert main(tmp_path, "--save", tmp_path / "n.pt") == 1
+    assert "gradient nan, loss " in capsys.readouterr().err
     assert not (tmp_path / "n.pt").exists()
 
 

@@ -328,17 +328,17 @@ def test_blur_by_hand():
 
 def test_canvas_digits():
     x, y, x_test, y_test = dino.load_data("digits")
-    assert x.shape == (6450, 32, 32, 3) and x_test.shape == (1500, 32, 32, 3)
+    assert x.shape == (6450, 3, 32, 32) and x_test.shape == (1500, 3, 32, 32)
     assert y.view(-1, 5).eq(y[::5, None]).all() and len(y_test) == 1500
 
 
 def test_share_of_attention_on_the_digit():
-    x = torch.full((2, 8, 8, 3), 25, dtype=torch.uint8)
-    x[:, :4, :4, 1] = 255  # the digit fills the first quarter
+    x = torch.full((2, 3, 8, 8), 25, dtype=torch.uint8)
+    x[:, 1, :4, :4] = 255  # the digit fills the first quarter
     A = torch.tensor([[[0.7, 0.1], [0.1, 0.1]], [[0.2, 0.2], [0.2, 0.2]]]).expand(2, 2, 2, 2)
     share, area = dino.digit_share(A, x)
     assert share == pytest.approx([0.7, 0.25]) and area == 0.25
-    x[:, :2, :4, 1] = 25  # half of it
+    x[:, 1, :2, :4] = 25  # half of it
     assert dino.digit_share(A, x)[0] == pytest.approx([0.35, 0.125])
 
 
@@ -524,6 +524,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, data, flags, capsys, monkeyp
         "--data nofile.npz", "--data pickled.npz", "--data float.npz", "--data labels.npz",
         "--data shape.npz", "--load other.pt", "--load junk.pt", "--load tensor.pt",
         "--load weights.pt", "--load weights.pt --data empty", "--load a.pt --dim 32",
+        "--load a.pt --seed 7", "--load a.pt --few 12",
         "--out file/x", "--save empty", "--save no/such/x.pt", "--seed -1", "--device tpu",
         "--local-size 4", "--local-crop 0.9",
     ):  # fmt: skip

@@ -347,9 +347,9 @@ def light(monkeypatch):
 
 
 def test_quick_runs_and_draws(tmp_path):
-    out = ["--out", str(tmp_path / "o")]
+    flags = ["--quick", "--device", "cpu", "--out", str(tmp_path / "o")]
     run = subprocess.run(
-        [sys.executable, dqn.__file__, "--quick", *out], capture_output=True, text=True, check=True
+        [sys.executable, dqn.__file__, *flags], capture_output=True, text=True, check=True
     )
     lines = run.stdout.splitlines()
     assert lines[0].startswith("dqn | 0.68M parameters | ") and lines[-1].startswith("test score ")
@@ -449,7 +449,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, light):
         (["--lr", "nan"], "--lr"), (["--minutes", "0"], "--minutes"), (["--gamma", "2"], "--gamma"),
         (["--warmup", "5000", "--memory", "2000"], "--warmup"), (["--memory", "9"], ""),
         (["--out", "file/x"], ""), (["--save", "no/such/folder.pt"], "no/such"),
-        (["--save", "."], "folder"),
+        (["--save", "."], "cannot write"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             dqn.main(["--quick", *bad])

@@ -344,7 +344,7 @@ def test_parzen_is_the_log_likelihood_of_the_mixture():
 
 def run(*flags, cwd):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    command = [sys.executable, str(ROOT / "gan.py"), *map(str, flags)]
+    command = [sys.executable, str(ROOT / "gan.py"), "--device", "cpu", *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
@@ -479,7 +479,7 @@ def test_same_seed_same_run_and_an_interrupted_run_goes_on_exactly(fast, monkeyp
     def interrupt(*args):
         calls.append(1)
         if len(calls) == 5:  # two pairs: in the third step
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return step(*args)
 
     monkeypatch.setattr(gan, "discriminator_step", interrupt)

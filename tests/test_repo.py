@@ -86,6 +86,24 @@ def test_the_judge_of_generated_images_is_one_text():
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("canvas_digits", "moco simclr simclr_v2 dino mae"),
+        ("load_data", "moco simclr simclr_v2 dino mae"),
+        ("evaluate", "moco simclr dino"),
+        ("grey_centred", "moco simclr dino mae"),
+    ],
+)
+def test_what_self_supervised_files_share_is_one_text(name, files):
+    """They compare their figures, so digits, split, baseline and probe must be the same."""
+    trees = [ast.parse((ROOT / f"{file}.py").read_text()) for file in files.split()]
+    found = [node for tree in trees for node in tree.body if getattr(node, "name", "") == name]
+    for node in found:
+        node.body = node.body[1:]  # all but the docstring
+    assert len(found) == len(trees) and len(set(map(ast.unparse, found))) == 1
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_readme_and_tests_know_it(file):
     assert f"[{file.name}]({file.name})" in (ROOT / "README.md").read_text()
@@ -106,6 +124,8 @@ def write_bad_files():
     whole = pathlib.Path("good.npz").read_bytes()
     pathlib.Path("truncated.npz").write_bytes(whole[: len(whole) // 2])
     pathlib.Path("file").write_text("no folder")
+    for name in NAMES:
+        pathlib.Path("taken", f"{name}.png").mkdir(parents=True)  # where the picture should go
     torch.save({"script": "another", "args": {}, "step": 1}, "another.pt")
     torch.save([1, 2], "list.pt")
     pathlib.Path("broken.pt").write_bytes(b"PK no checkpoint")
@@ -113,7 +133,8 @@ def write_bad_files():
 
 ALL = ["--device abacus", "--load no-such-file.pt", "--load another.pt", "--load list.pt"]
 ALL += ["--load broken.pt", "--load .", "--steps 0", "--steps 1.5", "--batch-size 0", "--lr nan"]
-ALL += ["--lr -1", "--log-every 0", "--out file", "--save .", "--save none/x.pt", "--nonsense"]
+ALL += ["--lr -1", "--log-every 0", "--out file", "--out taken", "--save .", "--save none/x.pt"]
+ALL += ["--nonsense"]
 IMAGES = ["missing", "truncated", "pickled", "float", "shape", "labels", "part"]
 IMAGES = [f"--data {name}.npz" for name in IMAGES] + ["--data good.npz --batch-size 999"]
 TAKES_IMAGES = "vae cvae gan diffusion vit s4 simclr moco dino mae simclr_v2".split()

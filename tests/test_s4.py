@@ -294,7 +294,7 @@ def test_loss_starts_at_ln_10_and_falls():
 
 def run(*args, **kwargs):
     env = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **env}, **kwargs
     )

@@ -473,7 +473,7 @@ def losses(path):
 def test_quick_as_a_subprocess(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--out", tmp_path / "o"],
+        [sys.executable, SCRIPT, "--quick", "--device", "cpu", "--out", tmp_path / "o"],
         capture_output=True, text=True, env=env, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -609,6 +609,7 @@ BAD = [
     ("--load", "{}/good.pt", "--size", "32", "1", "2", "32"),
     ("--load", "{}/good.pt", "--task", "classify"),
     ("--load", "{}/good.pt", "--data", "{}/good.tsv"),  # it was trained on dates
+    ("--load", "{}/good.pt", "--seed", "1"),  # its test days are among the trained ones
     ("--test", "{}/good.tsv"),
     ("--out", "{}/short.txt"),
     ("--save", "{}/no/folder/a.pt"),

@@ -32,7 +32,7 @@ def model_and_data(likelihood="bernoulli", J=3, shape=(4, 5), B=6):
 
 
 def run(*args, cwd, timeout=300):
-    command = [sys.executable, str(ROOT / "vae.py"), *map(str, args)]
+    command = [sys.executable, str(ROOT / "vae.py"), "--device", "cpu", *map(str, args)]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env
@@ -54,6 +54,9 @@ def test_shapes(shape, J, hidden, likelihood):
     assert model.log_weights(x, 7).shape == (7, 1)
     assert model.sgvb_a(x).shape == model.sgvb_b(x).shape == model.iwae_bound(x, 3).shape == (1,)
     assert torch.equal(model.sgvb_b(x, 2, seeded()), model.sgvb_b(x.flatten(1), 2, seeded()))
+    q = model.encode(x)  # the KL's weight counts it twice
+    twice = model.sgvb_b(x, 2, seeded(), kl_weight=2) + gaussian_kl(*q)
+    torch.testing.assert_close(twice, model.sgvb_b(x, 2, seeded()))
     sample = model.sample(3)
     assert sample.shape == (3, *shape) and 0 <= sample.min() and sample.max() <= 1
     assert model.elbo(x).shape == ()
@@ -227,6 +230,10 @@ def test_class_mixture_by_hand():
     assert vae.class_mixture(train, labels, test, "bernoulli") == pytest.approx(want, abs=1e-5)
     want = math.log((3 / 5) * (4 / 5))
     assert vae.class_mixture(train, labels * 0, test, "bernoulli") == pytest.approx(want, abs=1e-5)
+    x = vae.pixels(torch.zeros(50, 2, dtype=torch.uint8), 256, "gaussian", seeded())  # 2 dead ones
+    want = torch.distributions.Normal(x.mean(0), x.std(0, correction=0)).log_prob(x).sum(1).mean()
+    got = vae.class_mixture(x, torch.zeros(50), x, "gaussian")
+    assert got == pytest.approx(want.item(), abs=0.5)
 
 
 def test_gaussian_images_have_the_mean_and_covariance_of_the_class():
@@ -394,7 +401,7 @@ def test_same_seed_same_losses_and_an_interrupted_run_resumes_exactly(tmp_path, 
     def interrupt(*args):
         calls.append(0)
         if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the fifth step
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the fifth step
         return real(*args)
 
     monkeypatch.setattr(vae, "pixels", interrupt)

@@ -545,7 +545,7 @@ def test_resumed_after_ctrl_c_equals_unbroken(tmp_path, monkeypatch):
         real(*args)
         calls.append(1)
         if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(script, "update_ema", interrupt)
     assert main(tmp_path, *flags, "--save", b) == 130
@@ -630,7 +630,7 @@ def test_training_follows_the_average(tmp_path, monkeypatch):
         (["--mults", ""], ""),
         (["--seed", "-1"], "seed must lie between"),
         (["--out", "a-file/x"], "a-file"),
-        (["--save", "."], "folder"),
+        (["--save", "."], "cannot write"),
         (["--save", "none/x.pt"], "none"),
         (["--load", "other.pt"], "not a checkpoint of this script"),
         (["--load", "few.npz"], ""),
@@ -677,6 +677,10 @@ def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path, capsys, monkeypa
     assert main(tmp_path, "--data", data, "--log-every", 2, "--save", save) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("nan at step 3")
     assert torch.load(save)["step"] == 2
+    slope = lambda model, *a: (0 * next(model.parameters()).sum()).sqrt()  # noqa: E731
+    monkeypatch.setattr(script, "loss_v", slope)  # 0, but its gradient isn't finite
+    assert main(tmp_path, "--data", data) == 1
+    assert "gradient nan, loss " in capsys.readouterr().err
 
 
 @pytest.mark.results
