@@ -90,8 +90,9 @@ class QNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     def forward(self, s: Tensor) -> Tensor:
-        x = s.contiguous(memory_format=torch.channels_last).float()  # moves bytes, then widens them
-        return self.net(x.div_(255).sub_(self.mean))
+        x = torch.stack(s.unbind(1), -1).permute(0, 3, 1, 2).float()  # bytes move, then widen
+        mean = self.mean.expand(x[:1].shape).contiguous(memory_format=torch.channels_last)
+        return self.net(x.div_(255).sub_(mean))
 
 
 def epsilon_greedy(Q: Tensor, epsilon: float, g: torch.Generator) -> Tensor:
@@ -143,8 +144,9 @@ class ReplayMemory:
     def get(self, t: Tensor, n: Tensor):
         """Transitions of rows t, games n (B,) -> s (B, 4, H, W), a, r, s2, terminal."""
         back = torch.arange(self.stack - 1, -2, -1)  # 3, 2, 1, 0 steps before t, and 1 after it
-        window, row = self.frame[(t[:, None] - back) % self.size, n[:, None]], t % self.size
-        window[back > self.age[row, n, None]] = 0
+        place, row = (t[:, None] - back) % self.size * self.envs + n[:, None], t % self.size
+        window = self.frame.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
+        window[(back > self.age[row, n, None]).nonzero(as_tuple=True)] = 0
         a, r, terminal = (x[row, n] for x in (self.action, self.reward, self.terminal))
         return window[:, :-1], a.long(), r, window[:, 1:], terminal.float()
 

@@ -312,7 +312,7 @@ def make_judge(train: Tensor, labels: Tensor, test: Tensor):
         out["novelty"] = to_train(x) / to_train(test)
         return {name: float(value) for name, value in out.items()}
 
-    return score, lambda images: net.double()(images.flatten(1).double().cpu()).argmax(1)
+    return score, lambda images: net.double()(images.flatten(1).cpu().double()).argmax(1)
 
 
 def gaussian_images(train: Tensor, labels: Tensor, n: int) -> Tensor:
