@@ -80,8 +80,7 @@ class VAE(nn.Module):
     """q(z|x) and p(x|z) for images x (B, *image_shape), flattened or not, with z (B, latent_dim).
 
     likelihood="bernoulli" is for pixels in {0, 1}; "gaussian" is a density, which grows without
-    bound where a pixel never changes, so add noise first (`pixels`). The decoder has
-    `hidden` in reverse.
+    bound where a pixel never changes: add noise (`pixels`). The decoder has `hidden` in reverse.
     """
 
     def __init__(self, image_shape=(28, 28), latent_dim=20, hidden=(500,), likelihood="bernoulli"):

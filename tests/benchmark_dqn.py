@@ -5,11 +5,11 @@ written here: one game; act, step, store, learn, one after another; a memory of 
 s' apart; default layout, plain Adam. Emulator, network, batch, and ratio of updates to steps (1 to
 4) are the same, and there is one torch thread. Rounds alternate; medians.
 
-Where the time goes, 2013 network, one thread: an update takes some 15 ms (two forwards of 3.2, of
-which .8 turn bytes into centred floats; the backward 5; Adam .7), a sample 1, the choice of 8
-actions 1.8, a step of 8 emulators 3. With a second core that step hides behind the two updates that
-are due beside it. The aim, twice the steps/s, is missed: what is left
-is the network's own arithmetic, which the other loop has to do, too.
+Where the time goes, 2013 network, one thread: an update takes some 16 ms (two forwards of 3.8, of
+which 1.5 turn bytes into centred floats; the backward 5; Adam .8), a sample .9, the choice of 8
+actions 1.9, a step of 8 emulators 3. With a second core that step hides behind the two updates that
+are due beside it. The aim, twice the steps/s, is missed: what is left is the network's own
+arithmetic, which the other loop has to do, too.
 """
 
 import argparse
