@@ -35,8 +35,8 @@ Run      python dqn.py                            # Pong, some 16 minutes of one
          python dqn.py --minutes 105 --memory 400000 --save pong.pt    # the long run of Expect
          python dqn.py --load pong.pt --lr 1e-4 --target-every 500 --minutes 33 --save pong.pt
          python dqn.py --game Breakout --minutes 60 --memory 300000 --save breakout.pt
-Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2, twice, on two machines, on which
-         equal seeds came out apart: -11.2 +- 4.3 (-11.2 -12.7 -4.7, -13.9 -8.1 -16.6) | random -20.0 +- .6 |
+Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2, twice: on another machine equal
+         seeds came out apart: -11.2 +- 4.3 (-11.2 -12.7 -4.7, -13.9 -8.1 -16.6) | random -20.0 |
          paper 20, random -20.4, after 10M frames: 16 times as many or, if they are steps, 62. The
          pace of target and epsilon was chosen after a slower one (500 updates, 60,000 steps) had
          scored -15.0, -15.6 with seeds 0 and 1. A rate that falls from 5e-4 to 0 made -14.2, -14.0,
