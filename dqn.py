@@ -39,8 +39,8 @@ Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2, twice: on anot
          seeds came out apart: -11.2 +- 4.3 (-11.2 -12.7 -4.7, -13.9 -8.1 -16.6) | random -20.0 |
          paper 20, random -20.4, after 10M frames: 16 times as many or, if they are steps, 62. The
          pace of target and epsilon was chosen after a slower one (500 updates, 60,000 steps) had
-         scored -15.0, -15.6 with seeds 0 and 1. A rate that falls from 5e-4 to 0 made -14.2, -14.0,
-         -12.7. The average Q rises above what a losing player can earn: the max overestimates.
+         scored -15.0, -15.6 with seeds 0 and 1. The average Q rises above what a
+         losing player can earn: the max overestimates.
          The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (level from 750,000
          on); with smaller steps, 1e-4, 15.3 at 1,134,880; 3e-5 and --target-every 1000 17.1 at
          1,305,752, 18.1 at 1,472,808; 1e-5, 16.9 at 1,801,040: level at some 17 (sd of the ten

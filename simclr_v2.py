@@ -18,10 +18,10 @@ Figure   (Figure 3; - - -> copies weights)
 Symbols  encoder | f(.) | x -> h (B, D)            head | g(.) | three layers, h -> z (B, d)
          z1, z2 | z_i, z_j | views' outputs (N, d)  temperature | tau | > 0, of Eq. 1 and of Eq. 2
          classifier | f^task | x -> logits (B, K)   alpha | alpha | share of Eq. 2 in Eq. 3
-Differs  Basic blocks, no selective kernels; AdamW, not LARS; no blur. The memory: the
-         slow network's outputs for both views are negatives in the steps to come. Demo: one rate,
-         decay and warm-up (paper: a small rate, no others in 2), one augmentation (2 and 3: crop,
-         flip). Official notebook: tau 1, teacher and student see one view, the student starts anew.
+Differs  Basic blocks, no selective kernels; AdamW, not LARS; no blur. The memory: the slow network's
+         outputs for both views are negatives in the steps to come. One rate, decay and warm-up
+         (paper, stage 2: a small rate, neither), one augmentation (2 and 3: crop and flip). As in
+         the official notebook tau is 1, both see one view, and the student starts anew.
 Run      python simclr_v2.py                  # canvas digits, some 6 minutes on one core
          python simclr_v2.py --data cifar10.npz --save cifar.pt       # ResNet-18, long; a GPU
 Expect   Unseen digits, 58 | 580 of 5,805 labels, seeds 0-2: labels alone .523 +- .021 | .859 +-

@@ -2,6 +2,9 @@
 
 import argparse
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -410,4 +413,6 @@ def test_target_decides_the_exit_status(tmp_path):
 
 @pytest.mark.results
 def test_readme_figure_still_holds(tmp_path):
-    assert mamba.main(["--out", str(tmp_path), "--target", ".9988"]) == 0  # the lowest of the runs
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a reader runs it
+    command = [sys.executable, mamba.__file__, "--out", str(tmp_path), "--target", ".9990"]
+    assert subprocess.run(command, env=env, timeout=3600).returncode == 0
