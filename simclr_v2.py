@@ -18,7 +18,7 @@ Figure   (Figure 3; - - -> copies weights)
 Symbols  encoder | f(.) | x -> h (B, D)            head | g(.) | three layers, h -> z (B, d)
          z1, z2 | z_i, z_j | views' outputs (N, d)  temperature | tau | > 0, of Eq. 1 and of Eq. 2
          classifier | f^task | x -> logits (B, K)   alpha | alpha | share of Eq. 2 in Eq. 3
-Differs  Basic blocks, no selective kernels; AdamW, not LARS; no blur. The memory: the slow network's
+Differs  Basic blocks, no selective kernels; AdamW for LARS; no blur. The memory: the slow network's
          outputs for both views are negatives in the steps to come. One rate, decay and warm-up
          (paper, stage 2: a small rate, neither), one augmentation (2 and 3: crop and flip). As in
          the official notebook tau is 1, both see one view, and the student starts anew.
