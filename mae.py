@@ -698,9 +698,10 @@ def main(argv=None) -> int:
         return 1
     except KeyboardInterrupt:
         stopped = True
-        print("stopped by Ctrl-C; the picture has what was trained so far")
     if rank:  # the other processes of torchrun are done
         return 0
+    if stopped:
+        print("stopped by Ctrl-C; the picture has what was trained so far")
     error, fill, _ = masked_error(model, x_test, args.mask_ratio, pixels)
     eight = masked_error(model, x_test[:: max(1, len(x_test) // 8)], args.mask_ratio, pixels)[2]
     draw_picture(args, eight, accs, curve)

@@ -65,7 +65,7 @@ def log_snr(t: Tensor, low: float = -20.0, high: float = 20.0) -> Tensor:
     The cosine schedule: alpha_t and sigma_t are cosine and sine of an angle that grows with t.
     """
     a, b = (math.atan(math.exp(-0.5 * value)) for value in (high, low))
-    return -2 * torch.log(torch.tan(a + t.cpu().double() * (b - a))).to(t)
+    return -2 * torch.log(torch.tan(a + t.cpu().double() * (b - a))).to(t.dtype).to(t.device)
 
 
 def alpha_sigma(lam: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
