@@ -22,7 +22,7 @@ Symbols  q, k, v | Q, K, V | queries (B, h, T, d_k), keys and values (B, h, S, d
          num_layers | N | layers per side                  eps | eps_ls | label smoothing
          S, T, V | - | source and target length, pieces    alpha | alpha | length penalty
 Differs  W_q to W_o have biases, as everywhere by now, and Glorot's initialisation; the paper has no
-         biases and names none. (Dropout is where Section 5.4 puts it; torch.nn has two more.)
+         biases and gives no initialisation. (Dropout: as in Section 5.4; torch.nn has two more.)
          Tokens are characters (dates) or lower-case words, not byte pairs; 64 pairs are a batch.
          Beam search ends when nothing can overtake the best output; the paper gives no rule.
          The demo is small (d_model 64, N = 2, warm-up 400, 2,500 steps) and averages
