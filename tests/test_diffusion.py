@@ -550,14 +550,10 @@ def test_nan_stops_and_the_target_counts(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "n.pt").exists()
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(torchrun, tmp_path):
     """torchrun on two CPU processes: the same losses as one process on the whole batch."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--quick", "--steps", "3", "--device", "cpu", "--out", tmp_path, "--save"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*two, FILE, *flags, tmp_path / "2.pt"], env=env, check=True, capture_output=True
-    )
+    torchrun(FILE, *flags, tmp_path / "2.pt")
     assert main(tmp_path, "--steps", 3, "--save", tmp_path / "1.pt") == 0
     a, b = (torch.load(tmp_path / f"{n}.pt")["history"] for n in (1, 2))
     assert a == pytest.approx(b, rel=1e-4)

@@ -2,11 +2,8 @@
 
 import copy
 import math
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -464,16 +461,12 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, flags, monkeypatch
     assert all(v.isfinite().all() for v in weights(tmp_path / "n.pt").values())
 
 
-def test_two_processes_train_as_one(tmp_path, data):
+def test_two_processes_train_as_one(torchrun, tmp_path, data):
     """torchrun on two CPU processes: losses, centre and weights of one process on the batch."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--quick", "--steps", "3", "--device", "cpu", "--out", tmp_path, "--data", data]
     flags += ["--log-every", "1", "--local-size", "8", "--lr", "1e-4", "--save"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*two, FILE, *flags, tmp_path / "2.pt"], env=env, check=True, capture_output=True, text=True
-    )
-    assert run.stdout.count("dino |") == 1  # only the first process prints
+    out = torchrun(FILE, *flags, tmp_path / "2.pt")
+    assert out.count("dino |") == 1  # only the first process prints
     assert dino.main([*map(str, [*flags, tmp_path / "1.pt"])]) == 0
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True)["history"] for n in (1, 2))
     for one, other in zip(a, b):

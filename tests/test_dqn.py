@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dqn
-from dqn import QNetwork, ReplayMemory, dqn_loss, epsilon_at, epsilon_greedy
+from dqn import QNetwork, ReplayMemory, dqn_loss, epsilon_at, epsilon_greedy, lr_at
 
 
 class Games:
@@ -201,6 +201,8 @@ def test_schedule():
     assert epsilon_at(0, 0.1, 1000) == 1
     assert epsilon_at(500, 0.1, 1000) == pytest.approx(0.55)
     assert epsilon_at(1000, 0.1, 1000) == epsilon_at(10**6, 0.1, 1000) == pytest.approx(0.1)
+    assert lr_at(0, 3e-4, 0.25) == lr_at(0.75, 3e-4, 0.25) == lr_at(0.99, 3e-4, 0) == 3e-4
+    assert lr_at(0.9, 3e-4, 0.25) == pytest.approx(1.2e-4)
 
 
 def test_epsilon_greedy():
@@ -284,10 +286,10 @@ def test_bytes_per_transition():
 def test_chain_finds_the_known_values(limit, target_every):
     """gamma = .5: Q(1, 1) = 1, Q(0, 1) = .5, Q(0, 0) = Q(1, 0) = .25, games cut off or not."""
     args = settings(envs=6, steps=6000, epsilon_end=1.0, gamma=0.5, target_every=target_every)
-    args.chapter, q = 500, Table()
+    args.chapter, args.lr, q = 500, 0.02, Table()
     target = Table() if target_every else q
     env, memory = Chain(6, (1, 1), 0, limit), ReplayMemory(4000, 6, (1, 1))
-    opt, run = torch.optim.Adam(q.parameters(), 0.02), start(6)
+    opt, run = torch.optim.Adam(q.parameters(), args.lr), start(6)
     dqn.train(env, q, target, opt, memory, torch.zeros(1, 4, 1, 1), args, run)
     truth = torch.tensor([[0.25, 0.5], [0.25, 1.0]])
     torch.testing.assert_close(q.Q.data, truth, atol=0.02, rtol=0)
@@ -303,6 +305,18 @@ def test_target_is_copied_every_so_many_updates():
     memory, opt, run = ReplayMemory(400, 2, (1, 1)), torch.optim.SGD(q.parameters(), 0.1), start(2)
     dqn.train(Chain(2, (1, 1), 0), q, target, opt, memory, torch.zeros(1, 4, 1, 1), args, run)
     assert copies == list(range(7, run["updates"] + 1, 7)) and len(copies) > 20
+
+
+@pytest.mark.parametrize("done", [0, 200])
+def test_the_rate_falls_in_the_last_quarter(done):
+    """400 steps, two at a time, an update every 4: from step 300 on by 4 / 100 an update."""
+    q, rates, run = Table(), [], start(2) | {"step": done}
+    memory, opt = ReplayMemory(400, 2, (1, 1)), torch.optim.SGD(q.parameters(), 0.1)
+    opt.register_step_pre_hook(lambda *_: rates.append(opt.param_groups[0]["lr"]))
+    args = settings(envs=2, steps=400, lr=0.1)
+    dqn.train(Chain(2, (1, 1), 0), q, q, opt, memory, torch.zeros(1, 4, 1, 1), args, run)
+    falling = [0.1 * (400 - step) / 100 for step in range(302, 400, 4)]
+    assert rates[-25:] == pytest.approx(falling) and set(rates[:-25]) == {0.1}
 
 
 # ---- real Atari ----
@@ -400,7 +414,7 @@ def test_load_alone_evaluates_and_without_memory_it_fills_a_new_one(tmp_path, ca
     assert len(again) == 2 and first[-1].split("|")[:4] == again[-1].split("|")[:4]
     size = os.path.getsize(tmp_path / "a.pt")
     more = ["--load", str(tmp_path / "a.pt"), "--steps", "600", "--save", str(tmp_path / "b.pt")]
-    assert dqn.main([*base, *more, "--lr", "1e-4"]) == 0
+    assert dqn.main([*base, *more, "--lr", "1e-4", "--decay", "0"]) == 0
     a, b = (torch.load(tmp_path / f, weights_only=True) for f in ("a.pt", "b.pt"))
     assert b["run"]["step"] == 600 and size < 2**24 and "frame" not in b["memory"]
     assert b["optimizers"]["q"]["param_groups"][0]["lr"] == 1e-4  # a new rate is not ignored
@@ -475,4 +489,4 @@ def test_minutes_end_a_run_and_target_decides_the_status(tmp_path, light):
 
 @pytest.mark.results
 def test_readme_figure_still_holds(tmp_path):
-    assert dqn.main(["--out", str(tmp_path), "--target", "-15.5"]) == 0
+    assert dqn.main(["--out", str(tmp_path), "--target", "-10.4"]) == 0

@@ -1,11 +1,8 @@
 """mae.py: `pytest tests/test_mae.py`."""
 
 import math
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -450,16 +447,12 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, flags, monkeypatch
     assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["model"].values())
 
 
-def test_two_processes_train_as_one(tmp_path, data):
+def test_two_processes_train_as_one(torchrun, tmp_path, data):
     """torchrun on two CPU processes: the same losses as one process on the whole batch."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--quick", "--steps", "3", "--device", "cpu", "--out", tmp_path, "--data", data]
     flags += ["--batch-size", "8", "--patch-size", "4", "--log-every", "1", "--save"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*two, FILE, *flags, tmp_path / "2.pt"], env=env, check=True, capture_output=True, text=True
-    )
-    assert run.stdout.count("mae |") == 1  # only the first process prints
+    out = torchrun(FILE, *flags, tmp_path / "2.pt")
+    assert out.count("mae |") == 1  # only the first process prints
     assert mae.main([*map(str, [*flags, tmp_path / "1.pt"])]) == 0
     a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     for one, other in zip(a["history"], b["history"]):

@@ -197,14 +197,11 @@ def numbers(x):
     [("mamba", []), ("s4", []), ("vit", []), ("transformer", ["--dropout", "0"])],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_two_processes_train_as_one(name, flags, tmp_path):
+def test_two_processes_train_as_one(name, flags, torchrun, tmp_path):
     """torchrun on two CPU processes: the same losses as one process on the whole batch."""
     flags = [*flags, "--quick", "--batch-size", "8", "--steps", "3", "--log-every", "1"]
     flags += ["--device", "cpu", "--out", str(tmp_path), "--save"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*two, ROOT / f"{name}.py", *flags, tmp_path / "2.pt"], check=True, capture_output=True
-    )
+    torchrun(ROOT / f"{name}.py", *flags, tmp_path / "2.pt")
     assert importlib.import_module(name).main([*flags, str(tmp_path / "1.pt")]) == 0
     a, b = (numbers(torch.load(tmp_path / f"{n}.pt")["history"]) for n in (1, 2))
     assert len(a) > 2 and a == pytest.approx(b, rel=1e-3)
