@@ -307,16 +307,16 @@ def test_target_is_copied_every_so_many_updates():
     assert copies == list(range(7, run["updates"] + 1, 7)) and len(copies) > 20
 
 
-@pytest.mark.parametrize("done", [0, 200])
-def test_the_rate_falls_in_the_last_quarter(done):
-    """400 steps, two at a time, an update every 4: from step 300 on by 4 / 100 an update."""
-    q, rates, run = Table(), [], start(2) | {"step": done}
-    memory, opt = ReplayMemory(400, 2, (1, 1)), torch.optim.SGD(q.parameters(), 0.1)
+def test_the_rate_falls_in_the_last_quarter_also_after_a_load():
+    """An update for each step of 4 games; the run is laid down at 340 steps and goes on to 400."""
+    q, rates, run = Table(), [], start(4)
+    memory, opt = ReplayMemory(400, 4, (1, 1)), torch.optim.SGD(q.parameters(), 1.0)
     opt.register_step_pre_hook(lambda *_: rates.append(opt.param_groups[0]["lr"]))
-    args = settings(envs=2, steps=400, lr=0.1)
-    dqn.train(Chain(2, (1, 1), 0), q, q, opt, memory, torch.zeros(1, 4, 1, 1), args, run)
-    falling = [0.1 * (400 - step) / 100 for step in range(302, 400, 4)]
-    assert rates[-25:] == pytest.approx(falling) and set(rates[:-25]) == {0.1}
+    args = settings(envs=4, lr=0.1, chapter=340)
+    for args.steps, args.decay in ((340, 0), (400, 0.25)):
+        dqn.train(Chain(4, (1, 1), 0), q, q, opt, memory, torch.zeros(1, 4, 1, 1), args, run)
+    assert len(rates) > 60 and set(rates[:-15]) == {0.1}
+    assert rates[-15:] == pytest.approx([0.1 * (400 - step) / 100 for step in range(340, 400, 4)])
 
 
 # ---- real Atari ----
