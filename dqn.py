@@ -24,26 +24,25 @@ Differs  `--paper` undoes this, for the paper's 10M frames (here: steps; days on
          Centring   the mean screen is subtracted, so that the layers see what makes states differ.
          Init       He, last layer x .1, biases 0: the first Q are near 0. The paper gives none.
          Optimiser  Adam for RMSProp, Huber for squared error: no step grows with the error.
-         Rate       falls to 0 over the last quarter of the run: one network is evaluated, and what
-                    it plays best changes with each step of learning. The paper names no rate.
+         Rate       5e-4, falling to 0 over the last quarter of the run: one network is evaluated,
+                    and how it plays changes with each step of learning. The paper names no rate.
          Target     a copy of the network every 100 updates (Nature 2015); the paper has none.
          Pace       8 games at once; an update every 4 steps (Nature), not each; epsilon to .05 in
                     40,000 steps, not to .1 in 1M; a memory of 100,000, not 1M.
          Screens    all of it at 84 x 84, maximum of two frames, up to 30 no-ops, FIRE at reset
                     (Nature, ale-py); the paper crops 110 x 84 to 84 x 84 and names no others.
          Either way gamma .99 and RMSProp's rates are Nature's, Space Invaders skips 4 frames, not
-         3, and all games restart every 50,000 steps, so that --load is exact with --save-memory.
+         3, and all games restart every 50,000 steps, so that --load with the same --steps goes on
+         exactly after --save-memory.
 Run      python dqn.py                            # Pong, some 17 minutes of one core's time
          python dqn.py --minutes 105 --lr 3e-4 --decay 0 --memory 400000 --save pong.pt    # long
          python dqn.py --load pong.pt --lr 1e-4 --target-every 500 --minutes 33 --save pong.pt
          python dqn.py --game Breakout --minutes 60 --lr 3e-4 --decay 0 --memory 300000
 Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -10.0 +- .4 | random -20.0 +- .6 |
          paper 20, random -20.4, after 10M frames: 16 times as many or, if they are steps, 62. The
-         rate and its fall were chosen on seed 3 (5e-4: -5.9, 3e-4: -11.0); before, at 3e-4 without
-         the fall, seeds 0-2 made -11.2 +- 4.3 over six runs on two machines. The pace of target
-         and epsilon was chosen with seeds 0 and 1, when a slower one (500 updates, 60,000 steps)
-         made -15.0, -15.6. The average Q rises above what a losing player can earn (the max
-         overestimates), and sinks as the rate falls.
+         rate was chosen on seed 3 (3e-4: -11.0, 5e-4: -5.9), the pace of target and epsilon with
+         seeds 0 and 1. With --lr 3e-4 --decay 0: -11.2 +- 4.3 over six runs on two machines. The
+         average Q rises above what a losing player can earn: the max overestimates.
          The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (level from 750,000
          on); with smaller steps, 1e-4, 15.3 at 1,134,880; 3e-5 and --target-every 1000 17.1 at
          1,305,752, 18.1 at 1,472,808; 1e-5, 16.9 at 1,801,040; 1e-4 falling to 0, 17.3 at
@@ -468,7 +467,6 @@ def parse(argv):
             target.load_state_dict(ckpt["models"]["target"])
             q.load_state_dict(ckpt["models"]["q"])  # after the target: without one it is q
             opt.load_state_dict(ckpt["optimizers"]["q"])
-            opt.param_groups[0]["lr"] = args.lr
             vars(memory).update(ckpt["memory"])
             run |= ckpt["run"]
         os.makedirs(args.out, exist_ok=True)

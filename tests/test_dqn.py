@@ -478,6 +478,7 @@ def test_paper_switches_every_deviation_back(tmp_path):
     assert target is q and isinstance(opt, torch.optim.RMSprop) and args.loss == "squared"
     assert (args.envs, args.train_every, args.centre, args.init) == (1, 1, 0, "torch")
     assert (args.epsilon_end, args.epsilon_steps, args.steps) == (0.1, 10**6, 10**7)
+    assert args.decay == 0
     assert dqn.DEFAULTS["memory"][1] == 10**6 and env.single_observation_space.shape[1] == 110
 
 
