@@ -349,10 +349,11 @@ def train(runs, data, args, state=(), stop=()) -> dict:
             shuffle = torch.randperm(args.batch_size, generator=g).to(x.device)
             i, k = rows[i.to(x.device)], 1 if labels else 2
             both = augment((x[i] / 255).repeat(k, 1, 1, 1), u[:k].flatten(0, 1), **views)
-            if labels:
-                loss = F.cross_entropy(model(both), y[i])
-            else:
-                loss, keys = model(*both.chunk(2), shuffle)  # Eq. 1
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                if labels:
+                    loss = F.cross_entropy(model(both), y[i])
+                else:
+                    loss, keys = model(*both.chunk(2), shuffle)  # Eq. 1
             rate = (3e-3 if labels else args.lr) * min(1, step / max(1, args.warmup * steps))
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.zero_grad(); loss.backward()  # fmt: skip
@@ -479,6 +480,7 @@ def parse(argv):
     flag("--encoder", choices=ENCODERS, help="default small, npz resnet18 (paper: resnet50)")
     flag("--head", choices=["linear", "mlp"], help="default mlp, of v2 (paper: linear)")
     flag("--optimizer", choices=["adamw", "sgd"], help="default sgd (paper: sgd)")
+    flag("--amp", action="store_true", help="bfloat16 autocast in training, for GPUs")
     flag("--validate", action="store_true", help="judge on the last tenth of the training images")
     flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
     flag("--out", default="out", help="folder for the picture, default out")

@@ -422,6 +422,14 @@ def test_the_loop_updates_the_key_encoder_and_the_queue(trained):
     assert w["MoCo"]["queue_ptr"] == 8 and not (w["MoCo"]["queue"] == queue).any()
 
 
+def test_amp_trains_in_bfloat16(trained):
+    options = [*trained[1], "--lr", "1e-6", "--temperature", "1"]
+    whole, half = (moco.parse([*options, *flag]) for flag in ([], ["--amp"]))
+    a, b = (moco.train(runs, data[:2], args)["history"] for args, _, data, runs in (whole, half))
+    for (*what, loss), (*same, other) in zip(a, b, strict=True):
+        assert what == same and loss != other and other == pytest.approx(loss, rel=0.05)
+
+
 def test_labels_never_reach_the_pretraining(trained, tmp_path, capsys):
     path, options = trained
     save_npz(tmp_path / "b.npz", 80, 16, y_train=np.arange(80)[::-1] % 3)

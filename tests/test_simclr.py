@@ -349,6 +349,14 @@ def test_training_learns_to_find_the_partner(trained, tmp_path):
     assert np.mean(loss["few labels"][-5:]) < np.mean(loss["few labels"][:5])
 
 
+def test_amp_trains_in_bfloat16(trained):
+    options = [*trained[1], "--lr", "1e-6"]
+    whole, half = (simclr.parse([*options, *flag]) for flag in ([], ["--amp"]))
+    a, b = (simclr.train(runs, data[:2], args)["history"] for args, _, data, runs in (whole, half))
+    for (*what, loss), (*same, other) in zip(a, b, strict=True):
+        assert what == same and loss != other and other == pytest.approx(loss, rel=0.05)
+
+
 def test_labels_never_reach_the_pretraining(trained, tmp_path, capsys):
     path, options = trained
     save_npz(tmp_path / "b.npz", 80, 16, y_train=np.arange(80)[::-1] % 3)
