@@ -46,7 +46,8 @@ Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -10.0 +- .4 | 
          The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (level from 750,000
          on); with smaller steps, 1e-4, 15.3 at 1,134,880; 3e-5 and --target-every 1000 17.1 at
          1,305,752, 18.1 at 1,472,808; 1e-5, 16.9 at 1,801,040; 1e-4 falling to 0, 17.3 at
-         2,257,960: level at some 17 (sd of the ten games 2). One hour each of one core, seed 0:
+         2,257,960; 2e-4 falling to 0, 18.9 at 2,764,320 (sd of the ten games 1.3; README has the
+         commands). One hour each of one core, seed 0:
          Breakout 13.0 (random 1.6, paper 168), Q*bert 600 (200; 1952), Space Invaders 47 (139;
          581): all actions have nearly the same Q; the last training games, whose network still
          learned, made 225. These were at 3e-4 without the fall.
