@@ -44,15 +44,12 @@ Expect   Pong, 160,000 steps, 10 games at epsilon .05, seeds 0-2: -10.0 +- .4 | 
          rate was chosen on seed 3 (3e-4: -11.0, 5e-4: -5.9), the pace of target and epsilon with
          seeds 0 and 1. With --lr 3e-4 --decay 0: -11.2 +- 4.3 over six runs on two machines. The
          average Q rises above what a losing player can earn: the max overestimates.
-         The long run, seed 0: 859,328 steps in 105 minutes on a busy core, 11.1 (level from 750,000
-         on); with smaller steps, 1e-4, 15.3 at 1,134,880; 3e-5 and --target-every 1000 17.1 at
-         1,305,752, 18.1 at 1,472,808; 1e-5, 16.9 at 1,801,040; 1e-4 falling to 0, 17.3 at
-         2,257,960; 2e-4 falling to 0, 18.9 at 2,764,320 (sd of the ten games 1.3; README has the
-         commands). Other games, seed 0, one core, 450,000
-         to 660,000 steps (random; paper): with 1e-4 and --target-every 250, CleanRL's values,
-         Space Invaders 407 (139; 581), Breakout 17.5 (1.6; 168), Q*bert 488 (200; 1952); with the
-         defaults Space Invaders 121 (Q rises to 23: the target follows too closely), Q*bert 578;
-         with --lr 3e-4 --decay 0 47, 13.0 and 600.
+         The long run, seed 0, its commands in the README: 11.1 after 859,328 steps (level from
+         750,000 on), then with smaller steps 15.3, 17.1, 18.1, 16.9, 17.3, 18.9 (at 2,764,320; sd
+         of ten games 1.3). Other games, seed 0, one core, 450,000 to 660,000 steps (random;
+         paper): with 1e-4 and --target-every 250, CleanRL's values, Space Invaders 407 (139; 581),
+         Breakout 17.5 (1.6; 168), Q*bert 488 (200; 1952); with the defaults Space Invaders 121 (its
+         Q rose to 23, before to 7), Q*bert 578; with --lr 3e-4 --decay 0 47, 13.0 and 600.
 """
 
 import argparse

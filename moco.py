@@ -23,7 +23,7 @@ Differs  Colour jitter is one 3 x 3 matrix per image, in a fixed order, hue as a
          from half the area on, rotation, no blur; m = .99 for its short training, K = 256 for its
          5,805 images, drawn with replacement: among thousands of keys many are of the same image.
 Run      python moco.py                    # canvas digits, 6 minutes on 2 cores, 10 on one
-         python moco.py --data cifar10.npz --save cifar.pt            # ResNet-18, long; a GPU
+         python moco.py --data cifar10.npz --amp --save cifar.pt      # ResNet-18, long; a GPU
          python moco.py --data cifar10.npz --encoder small --lr 0.1 --warmup 0.05 --steps 12000
                 --label-steps 2000                                    # 46 minutes of one core
          torchrun --nproc-per-node 8 moco.py --data cifar10.npz       # shuffles across processes
