@@ -2,267 +2,364 @@
 
 Paper    Mamba: Linear-Time Sequence Modeling with Selective State Spaces -- Albert Gu, Tri Dao,
          December 2023, arXiv:2312.00752v2
-Idea     A linear time-invariant SSM mixes every token into its state with the same weights, so it
-         cannot pick what to remember. Mamba computes Delta, B and C from the token: a large Delta
-         writes it, a small one lets it pass. The convolution is lost; a fused scan replaces it.
-Figure   (Figure 3; one of n_layer equal layers)
+Idea     A model with a state of fixed size has to choose what to remember. A linear time-invariant
+         SSM (S4) can't: it treats every token alike. Mamba computes Delta, B and C from the token:
+         a large Delta writes the token into the state, Delta = 0 passes it by. This costs the
+         convolution that made S4 fast; a scan that stores one state in 16 takes its place.
+Figure   (Figure 3; one of n_layer equal layers; d is d_model)
 
          ids (B, L) -> embedding -> x (B, L, d_model) --------------------------+
                                     RMSNorm                                     |
                         +------------- in_proj -------------+                   |
                    x (B, L, D)                          z (B, L, D)             | residual
-             causal conv1d, SiLU                          SiLU                  | (fp32)
+             causal conv1d, SiLU                          SiLU                  |
                         | u (B, L, D)                       |                   |
-          x_proj: dt (B, L, D), B, C (B, L, N)              |                   |
+          x_proj, dt_proj: dt (B, L, D), B, C (B, L, N)     |                   |
           selective scan, state h (B, D, N) -- y (B, L, D) -*                   |
                                                         out_proj -> (B, L, d) --+-> next layer
-Symbols  u | x | input of the SSM (B, L, D)            dt | Delta | step size (B, L, D), > 0
+Symbols  here | in the paper | what. In shapes: B sequences, L tokens, D channels, N states each
+         u | x | input of the SSM (B, L, D)            dt | Delta | step size (B, L, D), > 0
          A | A | diagonal of the state matrix (D, N)   h | h | state (B, D, N)
-         B, C | B, C | input / output matrix (B, L, N) D | D | skip weight (D,); also D = d_inner
-         A_bar, B_bar | discretised A, B: exp(dt A) and dt B          z | gate branch (B, L, D)
-Differs  As the official code: B_bar = dt B, not Eq. 4's ZOH; dt starts log-uniform, not uniform.
-         The copying demo has length 104 and not 4096, 8 data tokens and not 16, 1,500 steps and
-         not 400,000, and sequences that grow in training: it has to end in minutes. Its LTI model
-         keeps gate and convolution (Table 1's "Mamba block + S4"); its SSM is real and diagonal.
-Run      python mamba.py                           # selective copying, 5 minutes on 2 cores
-         python mamba.py --task induction          # Table 2: accuracy from 64 to 65,536 tokens
+         B, C | B, C | input / output matrix (B, L, N) D | - | weight of the skip D u (D,)
+         A_bar, B_bar | discretised A and B (B, L, D, N)      z | - | gate branch (B, L, D)
+Differs  As the official code: B_bar = dt B in place of Eq. 4's; a skip D u, which Eq. 2 and
+         Algorithm 2 don't have; RMSNorm; dt starts log-uniform, not uniform.
+         The copying demo is small, to end in minutes: length 104 (paper: 4096), 8 data tokens (16),
+         2,400 steps (400,000) of 24 sequences (64), a rate of up to 6e-3 that rises and falls
+         (1e-4, constant), sequences that grow during training.
+         LTI, its baseline, is the same block with constant dt, B, C for each channel (Table 1:
+         "Mamba, S4"), A real and diagonal as in Mamba; the models differ in size by 3 %.
+Run      python mamba.py                           # selective copying, 4 minutes on 2 cores
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
          torchrun --nproc-per-node 2 mamba.py      # the batch shared out between processes
-Expect   copying, seeds 0-2 on two threads, 0-1 on one (other roundings): selective .9994 +- .0004
-         (.9997 .9990 .9997, .9989 .9995) | LTI .641 +- .031 | chance .071 | paper .998, .564.
-         lm, tinyshakespeare, seed 0: 1.55 nats per byte (2.24 bits) on the held-out tail, 1.56 in
-         windows of 64; a transformer of that size and number of tokens: 1.88 (nanoGPT).
-         induction, seed 0 (64 samples): 1.00 up to 1,024, .83 at 4,096, .39 at 65,536 (paper
-         1.00 throughout, after far longer training): the short run holds to 4 times its length.
+Expect   copying, seed 0: selective .9990 | LTI .645 | chance .071 | paper .998, .564.
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
+import pathlib
 import signal
 import sys
-import time
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import cat, exp, stack
 
-# ---- 1. Selective scan, the form to read (Algorithm 2) ----
+# ================================ PART ONE: THE PAPER =================================
 
-
-def selective_scan_ref(u, dt, A, B, C, D, h0=None) -> tuple[Tensor, Tensor]:
-    """Algorithm 2 line by line; shapes as in `selective_scan`. Returns y (B, L, D), h (B, D, N)."""
-    A_bar = torch.exp(dt[..., None] * A)  # (B, L, D, N)  Eq. 4
-    B_bar = dt[..., None] * B[:, :, None]  # (B, L, D, N)  Eq. 4 to first order in dt
-    h = torch.zeros_like(A_bar[:, 0]) if h0 is None else h0
-    ys = []
-    # unbind, not A_bar[:, t]: the backward of an index zero-fills the whole tensor, every step
-    for a, bx, c in zip(A_bar.unbind(1), (B_bar * u[..., None]).unbind(1), C.unbind(1)):
-        h = a * h + bx  # (B, D, N)  Eq. 2a
-        ys.append((h * c[:, None]).sum(-1))  # (B, D)  Eq. 2b
-    return torch.stack(ys, 1) + D * u, h
-
-
-# ---- 2. Selective scan, the form to run (Section 3.3.2) ----
+# ---- 1. A state space model (Section 2) ----
 #
-# The loop above is right and slow, for three reasons; the paper's answers, and what they are here:
+# How can a network read a sequence of any length with a memory of fixed size? A state space model
+# (SSM) keeps a state h of N numbers that a linear differential equation drives by the input x(t):
 #
-# Scan          h_t = a_t h_(t-1) + b_t is associative: the pair (a, b) of a stretch of time sums it
-#               up, and stretches combine as (a2 a1, a2 b1 + b2). So L steps need not run one after
-#               another: cut time into S splits, run all from h = 0 side by side, carry the true
-#               states over the S ends, and run again from those. It costs the work twice, so S > 1
-#               only where B x D x N alone leaves the machine idle (small batches, GPUs).
-# Fusion        A_bar, B_bar and h are N times larger than u or y. Written to memory, they cost
-#               more than the arithmetic. `torch.compile` turns a chunk of 16 unrolled steps into
-#               one kernel: h enters, sixteen y leave, the rest never travels beyond the cache.
-#               (On a CPU a chunk's A_bar is made just before it: torch's own exp has ten times the
-#               speed of that in compiled code. And a large batch is run a few rows at a time.)
-# Recomputation The backward needs every h_t. Keeping them is (B, L, D, N) again; instead one h per
-#               chunk is kept, and the backward kernel redoes its 16 steps before it reverses them.
+#     h'(t) = A h(t) + B x(t)       y(t) = C h(t)                                      (Eq. 1)
 #
-# State and A lie as (N, D) here, the long axis last: sums over N then add whole vectors.
+# A says how the state fades by itself, B how the input enters it, C how the output is read off it.
+# Mamba has one such system for each of its D channels, and A is diagonal. So each of the N numbers
+# is a leaky bucket of its own: with A < 0 it leaks, and what is left after a time T is exp(A T).
+#
+# Tokens come in steps, not in continuous time. Say the token x_t holds for a time Delta. Over this
+# time Eq. 1 can be solved exactly (a zero-order hold), and what comes out is a recurrence:
+#
+#     h_t = A_bar h_(t-1) + B_bar x_t       y_t = C h_t                                (Eq. 2)
+#     A_bar = exp(Delta A)          B_bar = (Delta A)^-1 (exp(Delta A) - 1) Delta B    (Eq. 4)
+#
+# Why go through continuous time at all? Because Delta then has a meaning: it is how long the model
+# looks at a token. Delta = 0: A_bar = 1 and B_bar = 0, the token has passed in no time and the
+# state is as it was. Large Delta: A_bar = 0, the old state has leaked away, and the token fills the
+# new.
+#
+# The official code has B_bar = Delta B, and so have we (its weights expect it). For small Delta A
+# the two are the same, as exp(r) - 1 is r for small r. In general Eq. 4 has one factor more,
+# (exp(r) - 1) / r with r = Delta A: 1 at r = 0, 1/16 at r = -16. It weakens what enters the fast
+# states at a large Delta. Leaving it out is simpler, needs no division by A, and what Delta means
+# stays: B_bar is 0 where Delta is 0, and grows with it. How much of a token enters is learned
+# through B and Delta in either case.
 
 
-def _chunk_forward(A_bar, u, dt, B, C, h):
-    """A_bar (M, T, N, D), u, dt (M, T, D), B, C (M, T, N), h (M, N, D) -> y (M, T, D), last h."""
-    A_bar, bu, hs = _decay(dt, A_bar), dt * u, []
-    for t in range(u.shape[1]):
-        h = A_bar[:, t] * h + bu[:, t, None] * B[:, t, :, None]  # (M, N, D)  Eq. 2a
+def wide(x):
+    """x in float32, or in float64 if it is that already."""
+    # bfloat16 knows no number between .996 and 1: an A_bar of .999 would be rounded to 1, and its
+    # state would never fade. So Delta, A and the state are not computed in half precision.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- 2. Why a time-invariant model can't select (Sections 2 and 3.1) ----
+#
+# In S4, Delta, A, B and C are the same at every step: the system is linear and time-invariant
+# (LTI). Put Eq. 2 into itself, and the state is gone; y is one long convolution of x with a fixed
+# kernel:
+#
+#     y_t = C B_bar x_t + C A_bar B_bar x_(t-1) + C A_bar^2 B_bar x_(t-2) + ...
+#     y = x * K       K = (C B_bar, C A_bar B_bar, C A_bar^2 B_bar, ...)                (Eq. 3)
+#
+# An FFT computes this for all t at once. This is what made S4 fast, and what keeps it from
+# choosing: the weight K_k of a token depends on how long ago it came, never on what it is. Take
+# four tokens, and ask at the last one for the first token that is not a blank:
+#
+#     x_1 x_2 x_3 x_4       y_4 = K_3 x_1 + K_2 x_2 + K_1 x_3 + K_0 x_4
+#      a   b   .   .        y_4 = a  needs  K_3 = 1, K_2 = 0
+#      .   a   b   .        y_4 = a  needs  K_2 = 1, K_1 = 0        K_2 can't be both
+#
+# (The blank is 0 here.) If Delta were 0 at the blanks, then the state would not notice them, and
+# both lines would be "a b" to it.
+
+
+def lti_convolution(u, dt, A, B, C, D):
+    """The SSM without selection (Eq. 3): u (B, L, D), dt, D (D,), A, B, C (D, N) -> y (B, L, D)."""
+    L = u.shape[1]
+    dt = dt[:, None]  # (D, 1)
+    powers = exp((dt * A)[..., None] * torch.arange(L, device=u.device))  # (D, N, L)  A_bar^k
+    # A is diagonal, so every product of matrices is a product of numbers.
+    K = torch.einsum("dn,dnl->dl", C * dt * B, powers)  # (D, L)  Eq. 3a
+    # A product of Fourier transforms is a convolution on a circle: the end would reach round to the
+    # start, and the future into the past. L zeros behind the sequence keep the two apart.
+    u_hat = torch.fft.rfft(u.mT, 2 * L)
+    K_hat = torch.fft.rfft(K, 2 * L)
+    y = torch.fft.irfft(u_hat * K_hat, 2 * L).mT[:, :L]  # (B, L, D)  Eq. 3b
+    return y + D * u
+
+
+# ---- 3. Selection (Sections 3.2 and 3.5, Algorithm 2) ----
+#
+# The paper's one change: Delta, B and C become functions of the token.
+#
+#     B_t = Linear(x_t)     C_t = Linear(x_t)     Delta_t = softplus(parameter + Linear(x_t))
+#
+# B_t decides what of a token is written into the state, C_t what is read out, and Delta_t is the
+# strongest of the three: it decides whether the token is seen at all, and how much it erases.
+# A stays a parameter. It only ever appears as Delta A, so it is selective through Delta.
+#
+# Why softplus? Take a state of one number, A = -1 and B = 1, and let a be the output of the linear
+# layer. By Eq. 4 and softplus(a) = log(1 + e^a),
+#
+#     A_bar = exp(-log(1 + e^a)) = 1 / (1 + e^a) = 1 - sigmoid(a)       B_bar = 1 - A_bar
+#     h_t = (1 - g_t) h_(t-1) + g_t x_t       with g_t = sigmoid(Linear(x_t))  (Theorem 1, Eq. 5)
+#
+# This is the gate of a gated recurrent network, out of nothing but a discretised SSM: g = 1 resets
+# the state to the token, g = 0 keeps it. softplus is what makes Delta positive and g a sigmoid.
+# (With B_bar = Delta B the factor of h is the same, 1 - g; that of x is softplus(a), which is near
+# g where g is small, and may exceed 1.)
+#
+# The price: the weights of the recurrence change at every step, so there is no kernel K any more,
+# and no convolution. What is left is the recurrence itself, in three forms. This is the first, the
+# one to read: a loop.
+
+
+def run_ssm(u, dt, B, C, A, D, h):
+    """Lines 5 and 6 of Algorithm 2, with A (N, D) and h (B, N, D): -> y (B, L, D), last h."""
+    # D stands last: numbers that lie side by side in memory are computed together, and the sum over
+    # N then adds whole rows of them.
+    hs = []
+    # unbind, and not u[:, t]: the gradient of an index is a tensor of zeros as large as all of u,
+    # so L of them would make the backward pass quadratic in L.
+    for u_t, dt_t, B_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1)):
+        A_bar = exp(dt_t[:, None] * A)  # (B, N, D)  Eq. 4
+        B_bar_u = B_t[..., None] * (dt_t * u_t)[:, None]  # (B, N, D)
+        h = A_bar * h + B_bar_u  # (B, N, D)  Eq. 2a
         hs.append(h)
-    return (torch.stack(hs, 1) * C[..., None]).sum(2), h  # Eq. 2b
+    y = (stack(hs, 1) * C[..., None]).sum(2)  # (B, L, D)  Eq. 2b
+    return y + D * u, h
 
 
-def _chunk_backward(A_bar, u, dt, B, C, h, dy, A, g, dA):
-    """Gradients of one chunk. g (M, N, D) is dloss/dh at its end and, returned, at its start."""
-    A_bar, bu, hs = _decay(dt, A_bar), dt * u, [h]
-    for t in range(u.shape[1]):  # recompute what the forward did not keep
-        hs.append(A_bar[:, t] * hs[t] + bu[:, t, None] * B[:, t, :, None])
-    gs, es = [], []
-    for t in reversed(range(u.shape[1])):
-        g = g + C[:, t, :, None] * dy[:, t, None]  # dloss/dh_t
-        gs.append(g)
-        g = A_bar[:, t] * g  # what reaches h_(t-1)
-        es.append(g * hs[t])  # dloss/d(dt_t A), because d exp(x) = exp(x) dx
-        dA = dA + es[-1] * dt[:, t, None]
-    G, E, H = torch.stack(gs[::-1], 1), torch.stack(es[::-1], 1), torch.stack(hs[1:], 1)
-    dbu = (G * B[..., None]).sum(2)  # (M, T, D)
-    ddt = (E * A).sum(2) + dbu * u
-    dB, dC = (G * bu[:, :, None]).sum(3), (H * dy[:, :, None]).sum(3)  # (M, T, N)
-    return dbu * dt, ddt, dB, dC, g, dA
+def selective_scan_ref(u, dt, A, B, C, D, h0=None):
+    """The loop, with the shapes of `selective_scan` -> y (B, L, D), last h (B, D, N)."""
+    h = 0 if h0 is None else h0.mT
+    y, h = run_ssm(u, dt, B, C, A.T, D, h)
+    return y, h.mT
+
+
+# ---- 4. The parallel scan: all states in log2(L) sweeps (Section 3.3) ----
+#
+# The loop has L steps, each too small to keep a machine busy. But h -> a h + b is a linear
+# function, and two of them, one after the other, are again a linear function:
+#
+#     a2 (a1 h + b1) + b2  =  (a2 a1) h + (a2 b1 + b2)
+#     (a1, b1) then (a2, b2)  =  (a2 a1, a2 b1 + b2)
+#
+# In numbers: (.5, 1) then (.5, 2) is (.25, 2.5). From h = 4: 4 -> 3 -> 3.5, and .25 * 4 + 2.5 is
+# 3.5. So a pair (a, b) sums up a whole stretch of time. Neighbouring stretches may be joined in any
+# grouping (the operation is associative); only their order in time has to stay. In each sweep,
+# every position joins its stretch with the one that ends just before it. The stretches double in
+# length, until all of them begin at position 1. Eight steps need three sweeps:
+#
+#     position      1     2     3     4     5     6     7     8
+#     at first      1     2     3     4     5     6     7     8
+#     step = 1      1   1-2   2-3   3-4   4-5   5-6   6-7   7-8
+#     step = 2      1   1-2   1-3   1-4   2-5   3-6   4-7   5-8
+#     step = 4      1   1-2   1-3   1-4   1-5   1-6   1-7   1-8
+#
+# With P the cumulative product of a, one line seems to do: h = P * cumsum(b / P). But P underflows:
+# 100 steps with a = .3 are below the smallest float32, and h is NaN.
+
+
+def parallel_scan(a, b):
+    """a, b (B, L, ...) -> the pair of steps 1..t for every t, same shapes; h_t = a_t h_0 + b_t.
+
+    With a = A_bar and b = B_bar u this is Eq. 2a. It is here to be read: it does log2(L) times the
+    work of the loop, and needs all of a and b in memory. The next section uses its pairs.
+    """
+    step = 1
+    while step < a.shape[1]:
+        b_joined = a[:, step:] * b[:, :-step] + b[:, step:]
+        a_joined = a[:, step:] * a[:, :-step]
+        b = cat([b[:, :step], b_joined], 1)
+        a = cat([a[:, :step], a_joined], 1)
+        step *= 2
+    return a, b
+
+
+# ---- 5. The scan that runs: one state in 16 is stored (Section 3.3.2) ----
+#
+# A_bar, B_bar u and h are N times as large as u and y. One layer of mamba-130m, 8 sequences of
+# 2,048 tokens: u is 100 MB, h is 1.6 GB. The arithmetic on them is nothing; moving them through
+# memory is what takes the time, and keeping them for the backward pass is what takes the space. The
+# paper's kernel makes them inside the GPU's fast memory and drops them again. Here is how this file
+# does it:
+#
+# Fusion         `torch.compile` turns 16 steps of the loop into one kernel. It reads 16 tokens and
+#                a state, and writes 16 outputs and a state; what lies between stays in the cache.
+# Recomputation  The gradient needs every h_t. A chunk of 16 steps keeps only what it got: its
+#                tokens and one state. When the gradient comes back to it, it runs its steps once
+#                more, and differentiates this second run. Forward 1, gradients 2, second run 1:
+#                a third more arithmetic, for 1/16 of the states.
+# Parallelism    Few sequences do not keep a machine busy. Then the time is cut into S stretches
+#                that run side by side, twice. The first run, from h = 0, gives the b of each
+#                stretch's pair; its a is the product of all A_bar, the exponential of A times the
+#                sum of dt. From h0, one h -> a h + b after the other gives the state in which each
+#                stretch really starts, and the second run starts there.
+#
+# To copy the scan, take wide, run_ssm and this section; to copy the model, all of part one.
+
+
+def run_ssm_backward(inputs, dy, dh):
+    """Runs the steps again; from the gradients of y and of the last h, those of all the inputs."""
+    # vjp runs the function, and returns a second one: gradients of the results -> of the inputs.
+    # That of h goes on to the chunk before, whose last h it is.
+    _, gradients = torch.func.vjp(run_ssm, *inputs)
+    return gradients((dy, dh))
 
 
 @functools.cache
-def _compiled(kernel):
-    """torch.compile(kernel); where that fails, a line on stderr, and it runs as it is, eagerly."""
-    run = torch.compile(kernel)
+def kernel(function, compile):
+    """torch.compile(function). Where that fails it says so, once, and runs the function itself."""
+    if not compile:
+        return function
+    # fullgraph: all of it or an error. By default, torch leaves parts uncompiled without a word, as
+    # it does after 8 kernels; new shapes, dtypes or strides need some more.
+    run = torch.compile(function, fullgraph=True, recompile_limit=64)
 
-    def call(*args):
+    def call(*inputs):
         nonlocal run
         try:
-            return run(*args)
+            return run(*inputs)
         except Exception as error:
-            if run is kernel or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            print(f"mamba: no compiler for the scan ({reason}); it runs eagerly", file=sys.stderr)
-            run = kernel
-            return run(*args)
+            result = function(*inputs)  # if this fails as well, the fault is in the inputs
+            print(f"mamba: the scan runs uncompiled, for {error!r:.99}", file=sys.stderr)
+            run = function
+            return result
 
     return call
 
 
-def _decay(dt, A):
-    """A_bar of one chunk (Eq. 4): dt (M, T, D), A (N, D) -> (M, T, N, D); A_bar itself stays."""
-    return (dt[:, :, None] * A).exp_() if A.dim() == 2 else A
-
-
-def _cut(x, S, T):
-    """(B, L, d) -> L / (S T) chunks of (B S, T, d). Padding is neutral: dt = 0 leaves h alone."""
-    pad = -x.shape[1] % (S * T)
-    x = F.pad(x, (0, 0, 0, pad)) if pad else x
-    return x.reshape(x.shape[0] * S, -1, x.shape[2]).split(T, 1)
-
-
-def _ready(chunk, A):
-    """What a kernel takes first: A_bar (on a GPU A: there the kernel makes it) and the chunk, as
-    copies: their memory is used again for every chunk, so it stays in the cache, and their strides
-    don't depend on L, for which the kernels would be compiled again."""
-    chunk = [x.clone(memory_format=torch.contiguous_format) for x in chunk]
-    return [_decay(chunk[1], A) if A.device.type == "cpu" else A, *chunk]
-
-
-def _carry(end, dt_sum, A, h, backwards=False):
-    """The splits' ends, run from zero (B S, N, D), and the first h -> h at the start of each."""
-    end = end.unflatten(0, (h.shape[0], -1))  # (B, S, N, D)
-    decay, out = torch.exp(dt_sum[:, None] * A).view_as(end), torch.empty_like(end)
-    for s in reversed(range(end.shape[1])) if backwards else range(end.shape[1]):
-        out[:, s] = h
-        h = decay[:, s] * h + end[:, s]
-    return out.flatten(0, 1)
-
-
-class _SelectiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, dt, A, B, C, h0, T, compile):
-        batch, L, _ = u.shape
-        lanes, enough = max(1, batch * A.numel()), 2**13 if u.device.type == "cpu" else 2**18
-        # S > 1 costs the work twice: only for a machine that is far from busy, then generously
-        S = 1 if lanes >= enough else max(1, min(8 * enough // lanes, L // (2 * T)))
-        A_t, h = A.t().contiguous(), h0.transpose(1, 2).contiguous()  # (N, D), (B, N, D)
-        chunks = list(zip(*(_cut(x, S, T) for x in (u, dt, B, C))))
-        kernel = _compiled(_chunk_forward) if compile else _chunk_forward
-        if S > 1:
-            end = h.new_zeros(batch * S, *A_t.shape)
-            for chunk in chunks:
-                _, end = kernel(*_ready(chunk, A_t), end)
-            h = _carry(end, sum(c[1].sum(1) for c in chunks), A_t, h)
-        hs = h.new_empty(len(chunks), *h.shape)  # kept: the state before each chunk
-        ys = u.new_empty(batch * S, len(chunks) * T, u.shape[2])
-        for chunk, before, y in zip(chunks, hs, ys.split(T, 1)):
-            before.copy_(h)
-            out, h = kernel(*_ready(chunk, A_t), h)
-            y.copy_(out)
-        ctx.save_for_backward(u, dt, A, B, C, hs)
-        ctx.S, ctx.T, ctx.compile = S, T, compile
-        h = h.unflatten(0, (batch, S))[:, -1].transpose(1, 2).contiguous()
-        return ys.reshape(batch, -1, u.shape[2])[:, :L], h
+class Chunk(torch.autograd.Function):
+    """`run_ssm` on a chunk of steps, with recomputation: only its inputs are kept."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(ctx, compile, *inputs):
+        ctx.compile = compile
+        ctx.save_for_backward(*inputs)
+        run = kernel(run_ssm, compile)
+        # Detached: otherwise a kernel is compiled for each mix of inputs with and without gradient.
+        return run(*[x.detach() for x in inputs])
+
+    @staticmethod
     def backward(ctx, dy, dh):
-        u, dt, A, B, C, hs = ctx.saved_tensors
-        A_t, g, T = A.t().contiguous(), dh.transpose(1, 2).contiguous(), ctx.T
-        cut = [_cut(x, ctx.S, T) for x in (u, dt, B, C, dy)]
-        chunks = list(zip(*cut[:4], hs, cut[4]))[::-1]
-        kernel = _compiled(_chunk_backward) if ctx.compile else _chunk_backward
-        zero, start = torch.zeros_like(hs[0]), torch.zeros_like(hs[0])
-        if ctx.S > 1:  # the same two passes, from the end of time to its start
-            for chunk in chunks:
-                start = kernel(*_ready(chunk, A_t), A_t, start, zero)[4]
-            g = _carry(start, sum(c[1].sum(1) for c in chunks), A_t, g, backwards=True)
-        grads, dA = [x.new_empty(len(zero), len(hs) * T, x.shape[2]) for x in (u, dt, B, C)], zero
-        for chunk, *parts in zip(chunks, *(x.split(T, 1)[::-1] for x in grads)):
-            *grad, g, dA = kernel(*_ready(chunk, A_t), A_t, g, dA)
-            for part, x in zip(parts, grad):
-                part.copy_(x)
-        du, ddt, dB, dC = (x.reshape(len(u), -1, x.shape[2])[:, : u.shape[1]] for x in grads)
-        dh0 = g.unflatten(0, (u.shape[0], ctx.S))[:, 0].transpose(1, 2)
-        return du, ddt, dA.sum(0).t(), dB, dC, dh0, None, None
+        run = kernel(run_ssm_backward, ctx.compile)
+        gradients = run(ctx.saved_tensors, dy.contiguous(), dh.contiguous())
+        return None, *gradients  # None: `compile` has no gradient
 
 
+# A torch.compile of a whole model leaves this function out, but not the kernels it calls.
 @torch.compiler.disable(recursive=False)
 def selective_scan(u, dt, A, B, C, D, h0=None, return_state=False, chunk=16, compile=True):
     """y_t = C_t h_t + D u_t with h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t (Eq. 2, Algorithm 2).
 
-    u, dt (B, L, D); A (D, N), negative; B, C (B, L, N); D (D,); h0 (B, D, N) or None for zeros.
-    Returns y (B, L, D) in u's dtype, with return_state also the last h (B, D, N). Both are
-    differentiable (once) in all inputs. The state is float32, or float64 for float64 inputs. Kept
-    for the backward: the inputs and L / chunk states. Fewer steps than a chunk (a token at a time,
-    in generation) take the plain loop. Raises ValueError where shapes don't fit.
+    u, dt (B, L, D), dt > 0 (after softplus); A (D, N), negative; B, C (B, L, N); D (D,);
+    h0 (B, D, N) or None for zeros. Returns y (B, L, D) in u's dtype, with return_state also the
+    last h (B, D, N). Both are differentiable in all inputs. The state is float32, or float64 for
+    float64 inputs. Kept for the backward: the inputs and L / chunk states (twice as many where
+    S > 1). Unequal lengths raise ValueError or RuntimeError.
     """
-    (batch, L, d), N = u.shape, A.shape[-1]
-    want = {"dt": (batch, L, d), "A": (d, N), "B": (batch, L, N), "C": (batch, L, N), "D": (d,)}
-    for (name, shape), x in zip(want.items(), (dt, A, B, C, D)):
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
-    if h0 is not None and tuple(h0.shape) != (batch, d, N):
-        raise ValueError(f"h0 has shape {tuple(h0.shape)}, expected {(batch, d, N)}")
-    wide = torch.float64 if u.dtype == torch.float64 else torch.float32
-    h0 = u.new_zeros(batch, d, N) if h0 is None else h0
-    x, dt, A, B, C, D, h0 = (x.to(wide) for x in (u, dt, A, B, C, D, h0))
-    if L < chunk:
-        y, h = selective_scan_ref(x, dt, A, B, C, D, h0)
-    else:
-        # rows of the batch whose chunk fits a core's cache; a GPU takes all at once
-        rows = max(1, 2**15 // A.numel()) if u.device.type == "cpu" else batch
-        parts = zip(*(t.split(rows) for t in (x, dt, B, C, h0)))
-        parts = [_SelectiveScan.apply(*t[:2], A, *t[2:], chunk, compile) for t in parts]
-        y, h = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
-        y = torch.addcmul(y, D, x)
-    return (y.to(u.dtype), h) if return_state else y.to(u.dtype)
+    batch, L, _ = u.shape
+    if h0 is None:
+        h0 = u.new_zeros(batch, *A.shape)
+    A = A.T.contiguous()  # (N, D)
+    h = h0.mT.contiguous()  # (B, N, D)
+    dtype = u.dtype
+    u, dt, B, C, A, D, h = map(wide, (u, dt, B, C, A, D, h))
+    compile = compile and L >= chunk  # a single step, as in generation, is not worth a kernel
+    # How many numbers of state keep the machine busy? On a CPU as many as a core's cache holds.
+    # With far fewer, and a long sequence, the time is cut into S stretches of 8 chunks or more.
+    # They cost twice the work, and more calls: less than five are left alone.
+    busy = 32768 if u.is_cpu else 1048576
+    S = min(busy // h.numel(), L // (8 * chunk))
+    if S < 5:
+        S = 1
+    parts = []
+    for x in (u, dt, B, C):  # (B, L, .) -> L / (S T) chunks (S B, T, .), T = chunk
+        # A shorter last chunk would be a kernel of its own; so zeros behind the end. They change
+        # nothing: where dt = 0, A_bar is 1, nothing enters, and the state stays as it is.
+        if S > 1 or compile and L % chunk:
+            x = F.pad(x, (0, 0, 0, -L % (S * chunk)))
+            x = cat(x.chunk(S, 1))  # (S B, L / S, .)  the stretches as a larger batch
+        # Copies: the strides of a view depend on L, and other strides would be another kernel.
+        copies = [c.clone(memory_format=torch.contiguous_format) for c in x.split(chunk, 1)]
+        parts.append(copies)
+
+    def run(h):
+        ys = []
+        for inputs in zip(*parts, strict=True):  # one chunk after the other: u, dt, B, C
+            y, h = Chunk.apply(compile, *inputs, A, D, h)
+            ys.append(y)
+        return cat(ys, 1), h
+
+    if S > 1:
+        _, b = run(cat([torch.zeros_like(h)] * S))  # (S B, N, D)
+        passed = sum(part.sum(1) for part in parts[1])  # (S B, D)  sum of dt over each stretch
+        a = exp(passed[:, None] * A)  # (S B, N, D)  the product of its A_bar
+        starts = [h]
+        for a_s, b_s in zip(a.chunk(S), b.chunk(S)):
+            starts.append(a_s * starts[-1] + b_s)  # (B, N, D)
+        h = cat(starts[:-1])
+    y, h = run(h)
+    y = cat(y.chunk(S), 1)[:, :L].to(dtype)
+    h = h[-batch:].mT  # of the last stretch
+    return (y, h) if return_state else y
 
 
-def lti_convolution(u, dt, A, B, C, D) -> Tensor:
-    """The SSM without selection: u (B, L, D), dt, D (D,), A, B, C (D, N) -> y (B, L, D).
-
-    Constant A_bar, B_bar, C make the recurrence one long convolution y = u * K_bar with
-    K_bar = (C B_bar, C A_bar B_bar, ...), Eq. 3: what S4 computes, and what selection gives up.
-    """
-    L = u.shape[1]
-    powers = torch.exp((dt[:, None] * A)[..., None] * torch.arange(L, device=u.device))  # (D, N, L)
-    K_bar = ((C * dt[:, None] * B)[..., None] * powers).sum(1)  # (D, L)  Eq. 3a
-    U, K = torch.fft.rfft(u.transpose(1, 2), 2 * L), torch.fft.rfft(K_bar, 2 * L)
-    return torch.fft.irfft(U * K, 2 * L)[..., :L].transpose(1, 2) + D * u  # Eq. 3b
-
-
-# ---- 3. The Mamba block (Section 3.4, Figure 3) ----
+# ---- 6. The Mamba block (Section 3.4, Figure 3) ----
+#
+# Earlier SSM networks alternate an SSM layer that mixes positions with an MLP that mixes channels.
+# Mamba has one block for both: in_proj widens the channels to D = 2 d_model, the scan mixes the
+# positions of each channel, out_proj mixes the channels again. Two more parts stand beside the
+# scan:
+#
+# conv1d   shows each position the three tokens before it as well. Delta, B and C can then depend on
+#          the neighbourhood ("the token after a marker"), not on the single token alone.
+# z        a gate on the output, silu(z): y counts where the token wants it to. This is not yet
+#          selection (Section 4.1.1): it acts after the scan, at one position, when the state has
+#          already taken in everything that came before. In the paper's Table 1 this block with an
+#          S4 in it copies 56 %, with selection 99.8 %.
 
 
 class MambaBlock(nn.Module):
-    """One mixer: (B, L, d_model) -> (B, L, d_model). selective=False is the LTI ablation.
+    """One mixer: (B, L, d_model) -> (B, L, d_model). selective=False is the LTI baseline.
 
     The state is a pair: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, D) and
     h (B, D, N). Parameter names, shapes and initialisation are those of state-spaces/mamba.
@@ -272,438 +369,424 @@ class MambaBlock(nn.Module):
         self, d_model, d_state=16, d_conv=4, expand=2, dt_rank=None, selective=True, compile=True
     ):
         super().__init__()
-        D, N = expand * d_model, d_state
-        self.D_inner, self.N, self.selective, self.compile = D, N, selective, compile
+        D = expand * d_model
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
+        self.d_state = d_state
+        self.selective = selective
+        self.compile = compile
         self.in_proj = nn.Linear(d_model, 2 * D, bias=False)
-        self.conv1d = nn.Conv1d(D, D, d_conv, groups=D)
+        self.conv1d = nn.Conv1d(D, D, d_conv, groups=D)  # each channel has a filter of its own
         self.out_proj = nn.Linear(D, d_model, bias=False)
-        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(D, 1))  # S4D-real: A = -n
+        # A = -1, -2, ..., -N in every channel (S4D-Real, Section 3.6). State n keeps a token for
+        # about 1 / (n Delta) steps, so one channel has N timescales: 100 to 6 steps at Delta = .01.
+        # As a logarithm, A stays negative whatever the optimizer does; a positive A would explode.
+        # Whoever trains with weight decay leaves A_log and D out: it would pull A_log to 0, and so
+        # all timescales to one.
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(D, 1))
         self.D = nn.Parameter(torch.ones(D))
-        # softplus(bias) is log-uniform in [1e-3, 1e-1]: memories of 10 to 1,000 steps. Section 3.6
-        # says uniform; this is the official code's
-        dt = torch.exp(torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
+        # Delta starts between .001 and .1, log-uniform. The bias that gives it is softplus
+        # inverted: softplus(b) = dt for b = log(e^dt - 1). Code that zeroes all biases afterwards
+        # sets Delta = softplus(0) = .69 everywhere: state n = 10 then forgets within a step.
+        dt = 10 ** (2 * torch.rand(D) - 3)
+        bias = nn.Parameter(dt.expm1().log())
         if selective:
-            self.x_proj = nn.Linear(D, self.dt_rank + 2 * N, bias=False)
+            # Delta of a channel depends on all D channels of u, but through dt_rank numbers only
+            # (Section 3.6). For mamba-130m a full D x D matrix would have 2.4 million weights, as
+            # many as in_proj; in two factors, of rank 48, it has .15 million.
+            self.x_proj = nn.Linear(D, self.dt_rank + 2 * d_state, bias=False)
             self.dt_proj = nn.Linear(self.dt_rank, D)
-            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            self.dt_proj.bias.data.copy_(inverse_softplus)
-        else:
-            self.dt_bias = nn.Parameter(inverse_softplus)
-            self.B, self.C = nn.Parameter(torch.ones(D, N)), nn.Parameter(torch.randn(D, N))
+            self.dt_proj.bias = bias
+        else:  # constants of each channel, as in S4
+            self.dt_bias = bias
+            self.B = nn.Parameter(torch.ones(D, d_state))
+            self.C = nn.Parameter(torch.randn(D, d_state))
 
-    def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, u):
         """The selection (Algorithm 2, lines 2-4): u (B, L, D) -> dt (B, L, D), B, C (B, L, N)."""
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.N, self.N], -1)
-        dt = F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias.float()
-        return F.softplus(dt), B, C  # fp32: bf16 would be off by up to 2 % in dt
+        if not self.selective:  # dt (D,), B, C (D, N): the same for all tokens
+            return F.softplus(wide(self.dt_bias)), self.B, self.C
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt = wide(dt @ self.dt_proj.weight.T) + wide(self.dt_proj.bias)  # (B, L, D)
+        return F.softplus(dt), B, C
 
-    def forward(self, x: Tensor, state=None, mask: Tensor | None = None):
-        """x (B, L, d_model), mask (B, L) with 0 on padding -> y (B, L, d_model), state."""
-        x, z = self.in_proj(x).chunk(2, -1)
-        if mask is not None:  # padding neither enters the convolution nor, with dt = 0, moves h
-            x = x * mask[..., None].to(x.dtype)
-        K = self.conv1d.weight.shape[-1]
-        past = x.new_zeros(x.shape[0], K - 1, x.shape[2]) if state is None else state[0].to(x.dtype)
-        x = torch.cat([past, x], 1)
-        past = x[:, x.shape[1] - K + 1 :]
-        u = F.silu(self.conv1d(x.transpose(1, 2))).transpose(1, 2)  # causal: no padding behind
-        A, h = -torch.exp(self.A_log.float()), None if state is None else state[1]
+    def forward(self, x, state=None):
+        """x (B, L, d_model), state of the tokens before or None -> y (B, L, d_model), state."""
+        if state and not self.selective:
+            raise ValueError("the LTI baseline runs as a convolution and takes no state")
+        x, z = self.in_proj(x).chunk(2, -1)  # (B, L, D) each
+        past, h = state or (None, None)
+        if past is None:
+            past = x.new_zeros(len(x), self.conv1d.kernel_size[0] - 1, x.shape[2])
+        x = cat([past, x], 1)  # the past in front and nothing behind: causal
+        past = x[:, z.shape[1] :]  # the last d_conv - 1, for the next call
+        u = F.silu(self.conv1d(x.mT)).mT  # (B, L, D)
+        A = -exp(wide(self.A_log))  # (D, N)
+        dt, B, C = self.select(u)
         if self.selective:
-            dt, B, C = self.select(u)
-            if mask is not None:
-                dt = dt * mask[..., None]
-            y, h = selective_scan(u, dt, A, B, C, self.D.float(), h, True, compile=self.compile)
+            y, h = selective_scan(u, dt, A, B, C, self.D, h, True, compile=self.compile)
         else:
-            if state is not None:
-                raise ValueError("the LTI ablation runs as a convolution and takes no state")
-            u = u if mask is None else u * mask[..., None]  # its step is fixed: no input instead
-            y = lti_convolution(u.float(), F.softplus(self.dt_bias), A, self.B, self.C, self.D)
-        return self.out_proj(y.to(z.dtype) * F.silu(z)), (past, h)
+            y = lti_convolution(wide(u), dt, A, B, C, self.D)
+        y = y.to(z.dtype) * F.silu(z)
+        return self.out_proj(y), (past, h)
 
 
-# ---- 4. The language model ----
+# ---- 7. The language model (Section 3.4) ----
+#
+# Token embeddings, n_layer blocks, each with a norm before it and a residual path around it, and
+# the embeddings once more to turn the last x into scores of the next token. There are no attention,
+# no MLP and no positions: the recurrence knows the order by itself.
+#
+# Training reads all L tokens in one scan. Generation has one token at a time, and here the fixed
+# state pays: a step costs the same after 10 tokens and after a million, where a transformer would
+# have to look at all the keys and values it has kept.
 
 
 class Mamba(nn.Module):
     """ids (B, L) -> logits (B, L, vocab). Loads state-spaces/mamba-* checkpoints unchanged."""
 
-    def __init__(self, vocab_size: int, d_model: int, n_layer: int, **block):
+    def __init__(self, vocab_size, d_model, n_layer, **block):
         """`block`: d_state=16, d_conv=4, expand=2 and the other arguments of MambaBlock."""
         super().__init__()
         embedding = nn.Embedding(vocab_size, d_model)
-        nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(embedding.weight, std=0.02)  # small: the first loss is then near ln(vocab)
         layers = nn.ModuleList()
         for _ in range(n_layer):
             mixer = MambaBlock(d_model, **block)
-            mixer.out_proj.weight.data /= math.sqrt(n_layer)  # as GPT-2: bounds the residual's sum
+            # Every layer adds its output to x. Smaller by sqrt(n_layer), the sum stays as large as
+            # one layer's output, however many there are (as in GPT-2).
+            mixer.out_proj.weight.data /= math.sqrt(n_layer)
             layers.append(nn.ModuleDict({"norm": nn.RMSNorm(d_model, 1e-5), "mixer": mixer}))
         norm_f = nn.RMSNorm(d_model, 1e-5)
         self.backbone = nn.ModuleDict({"embedding": embedding, "layers": layers, "norm_f": norm_f})
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        self.lm_head.weight = embedding.weight  # tied
+        self.lm_head.weight = embedding.weight  # tied: one matrix reads tokens and scores them
 
     @classmethod
-    def from_checkpoint(cls, path: str, **block) -> "Mamba":
+    def from_checkpoint(cls, path, **block):
         """Builds the model with the sizes that the state dict in the file shows, and loads it."""
-        w = torch.load(path, map_location="cpu", weights_only=True)
-        (vocab, d_model), layer = w["backbone.embedding.weight"].shape, "backbone.layers.0.mixer."
-        n_layer = 1 + max(int(k.split(".")[2]) for k in w if k.startswith("backbone.layers."))
-        (D, block["d_state"]), conv = w[layer + "A_log"].shape, w[layer + "conv1d.weight"]
-        block |= {"d_conv": conv.shape[2], "expand": D // d_model}
-        block["dt_rank"] = w[layer + "dt_proj.weight"].shape[1]
-        model = cls(vocab, d_model, n_layer, **block)
-        model.load_state_dict({"lm_head.weight": w["backbone.embedding.weight"], **w})
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {}
+        for name in file:  # without the prefixes that DataParallel and torch.compile leave
+            weights[name.replace("module.", "").replace("_orig_mod.", "")] = file[name]
+        embedding = weights["backbone.embedding.weight"]
+        weights.setdefault("lm_head.weight", embedding)  # some files leave the tied head out
+        vocab_size, d_model = embedding.shape
+        D, block["d_state"] = weights["backbone.layers.0.mixer.A_log"].shape
+        block["expand"] = D // d_model
+        block["d_conv"] = weights["backbone.layers.0.mixer.conv1d.weight"].shape[2]
+        block["dt_rank"] = weights["backbone.layers.0.mixer.dt_proj.weight"].shape[1]
+        n_layer = sum(name.endswith("mixer.D") for name in weights)
+        model = cls(vocab_size, d_model, n_layer, **block)
+        model.load_state_dict(weights)
         return model
 
-    def forward(self, ids: Tensor, state=None, mask=None, return_state: bool = False):
-        """ids (B, L) -> logits (B, L, vocab). `state` from a call before continues its sequence.
-
-        mask (B, L), 0 on padding: sequences padded on the left get the logits they get alone.
-        """
-        x = self.backbone["embedding"](ids).float()  # the residual stream stays fp32
-        dtype, states = self.lm_head.weight.dtype, []
-        for i, layer in enumerate(self.backbone["layers"]):
-            past = None if state is None else state[i]
-            y, past = layer["mixer"](layer["norm"](x).to(dtype), past, mask)
+    def forward(self, ids, state=None, return_state=False):
+        """ids (B, L) -> logits (B, L, vocab). `state` from a call before continues its sequence."""
+        # x is a sum over all layers, so it stays float32 while the layers may work in bfloat16.
+        x = wide(self.backbone.embedding(ids))  # (B, L, d_model)
+        dtype = self.lm_head.weight.dtype
+        states = []
+        for layer, past in zip(self.backbone.layers, state or self.init_state(len(ids))):
+            y, past = layer.mixer(layer.norm(x).to(dtype), past)
             x = x + y
             states.append(past)
-        logits = self.lm_head(self.backbone["norm_f"](x).to(dtype))
+        logits = self.lm_head(self.backbone.norm_f(x).to(dtype))  # (B, L, vocab)
         return (logits, states) if return_state else logits
 
-    def init_state(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """The empty state: per layer (B, d_conv - 1, D) and (B, D, N), all zero."""
-        zeros, state = self.lm_head.weight.new_zeros, []
-        for m in (layer["mixer"] for layer in self.backbone["layers"]):
-            past = zeros(batch, m.conv1d.kernel_size[0] - 1, m.D_inner)
-            state.append((past, zeros(batch, *m.A_log.shape).float()))
-        return state
+    def init_state(self, batch):
+        """The state before the first token: a None for each layer, zeros for any batch size."""
+        return [None] * len(self.backbone.layers)
 
-    def step(self, ids: Tensor, state) -> tuple[Tensor, list]:
+    def step(self, ids, state):
         """One token by the recurrence, O(1) in time and memory: ids (B,) -> logits (B, vocab)."""
         logits, state = self(ids[:, None], state, return_state=True)
         return logits[:, 0], state
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, n: int, temperature=1.0, top_k=None, generator=None) -> Tensor:
-        """Appends n sampled tokens to ids (B, L): one parallel pass, then n steps of recurrence.
+    def generate(self, ids, n, temperature=1.0, top_k=None, generator=None, end_token=-1):
+        """Appends n sampled tokens to ids (B, L): one parallel pass, then steps of recurrence.
 
-        temperature 0 takes the most likely token; top_k keeps only the k most likely.
+        temperature 0 takes the most likely token; top_k keeps only the k most likely. A row that
+        has reached end_token is filled up with it; when all rows have, fewer than n are appended.
         """
-        logits, state = self(ids, return_state=True)
-        logits = logits[:, -1]
+        ended = ids[:, :1] < 0  # (B, 1)  no row has ended: ids are not negative
+        state = None
+        token = ids
         for _ in range(n):
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            p = F.softmax(logits.float() / (temperature or 1), -1)
-            greedy, sampled = p.argmax(-1, True), torch.multinomial(p, 1, generator=generator)
-            token = sampled if temperature else greedy
-            ids = torch.cat([ids, token], 1)
-            logits, state = self.step(token[:, 0], state)
+            # First all of ids, then only the new token: the state has what came before. (A common
+            # fault is to run the whole prefix again for every token.)
+            logits, state = self(token, state, return_state=True)
+            values, index = logits[:, -1].topk(top_k or logits.shape[2])  # (B, k)
+            # Divided by (nearly) 0, the largest logit is infinitely far from the second.
+            p = F.softmax(values / max(temperature, 1e-6), -1)
+            token = index.gather(1, torch.multinomial(p, 1, generator=generator))  # (B, 1)
+            token = token.masked_fill(ended, end_token)
+            ended = ended | (token == end_token)
+            ids = cat([ids, token], 1)
+            if ended.all():
+                break
         return ids
 
 
-# ---- 5. Data: a batch depends on (seed, step) alone, so a resumed run sees what it would have ----
+# ================================= PART TWO: THE DEMO =================================
+
+# ---- 8. Data (Section 4.1.1) ----
+#
+# Selective copying: eight tokens lie at random places among blanks. After the blanks come eight
+# markers, and at each of them the model has to name the next of the tokens, in their order. With
+# three of each:
+#
+#     . . c . a . . . b . . # # #        answers: c a b
+#
+# Where the tokens lie says nothing, so counting steps does not help. One has to see what a token
+# is, keep it if it is one of the eight, and let the blanks pass.
 
 
-def copying_batch(n: int, length: int, g: torch.Generator, data: int = 8, vocab: int = 16):
-    """Selective copying (Section 4.1.1) -> ids (n, length + data), answers (n, data).
+def copying_batch(n, length, g, data=8, vocab=16):
+    """Selective copying -> ids (n, length + data), answers (n, data). Chance is 1 / (vocab - 2).
 
-    `data` random tokens at random places among blanks (0), then as many copy markers (vocab - 1),
-    at which the model names the tokens in order. Chance is 1 / (vocab - 2).
+    0 is the blank, vocab - 1 the marker, the others are data. g: a torch.Generator.
     """
     ids = torch.zeros(n, length + data, dtype=torch.long)
     ids[:, length:] = vocab - 1
-    place = torch.rand(n, length, generator=g).argsort(1)[:, :data].sort(1).values
+    places = torch.rand(n, length, generator=g).topk(data).indices  # no place twice
     answers = torch.randint(1, vocab - 1, (n, data), generator=g)
-    return ids.scatter_(1, place, answers), answers
+    ids.scatter_(1, places.sort().values, answers)
+    return ids, answers
 
 
-def induction_batch(n: int, length: int, g: torch.Generator, vocab: int = 16):
-    """Induction heads (Section 4.1.2) -> ids (n, length), answers (n, 1).
-
-    The marker (vocab - 1) stands once among random tokens and again at the end, where the model
-    names the token that followed it the first time. Chance is 1 / (vocab - 1).
-    """
-    ids = torch.randint(0, vocab - 1, (n, length), generator=g)
-    place = torch.randint(0, length - 2, (n, 1), generator=g)
-    ids.scatter_(1, place, vocab - 1)[:, -1] = vocab - 1
-    return ids, ids.gather(1, place + 1)
+def load_text(path):
+    """The bytes of a file -> the text to train on (N,), and its last tenth to test on."""
+    text = torch.tensor(list(pathlib.Path(path).read_bytes()))
+    if len(text) < 1000:
+        raise ValueError(f"{path} is too short: 1000 bytes at least")
+    return text.split(len(text) * 9 // 10)[:2]
 
 
-def text_batch(n: int, length: int, g: torch.Generator, text: Tensor):
-    """Random windows of a text's bytes -> ids (n, length), the bytes that follow (n, length)."""
-    window = torch.randint(0, len(text) - length, (n, 1), generator=g) + torch.arange(length + 1)
-    return text[window][:, :-1], text[window][:, 1:]
-
-
-def batch(args, step: int, length: int | None = None):
-    """The batch of a step, on the device; of `length` tokens, else as long as training has it."""
-    g = torch.Generator().manual_seed(args.seed * 10**10 + step)
+def batch(args, n, text, step):
+    """ids (n, L), answers to its last positions, by seed and step: a resumed run is exact."""
+    g = torch.Generator().manual_seed(args.seed * 10_000_000_000 + step)
     if args.task == "lm":
-        ids = text_batch(args.batch_size, args.length, g, args.text)
-    else:  # a curriculum, the same for all models: sequences grow, a chunk of the scan at a time
-        part = min(1.0, step / ((0.9 if args.task == "copying" else 0.75) * args.steps))
-        least = 16 + args.length % 16
-        length = length or least + int((args.length - least) * part**2) // 16 * 16
-        make = copying_batch if args.task == "copying" else induction_batch
-        ids = make(args.batch_size, length, g)
-    return [t.to(args.device) for t in ids]
+        start = torch.randint(len(text) - 64, (n, 1), generator=g)
+        window = text[start + torch.arange(65)]  # (n, 65)
+        ids = window[:, :-1]
+        answers = window[:, 1:]  # at each position, the byte that follows
+    else:
+        # Short sequences first: there are few blanks to ignore, so the first right answers come
+        # soon, and steps are cheap. With the 8 markers, L grows from 32 to 112, 16 (a chunk) at a
+        # time.
+        length = 24 + 16 * min(5, 6 * step**2 // args.steps**2)
+        ids, answers = copying_batch(n, length, g)
+    return ids.to(args.device), answers.to(args.device)
 
 
-# ---- 6. Training ----
+# ---- 9. Training ----
 
 
-def train(models, optimizers, args, state) -> bool:
-    """Trains all models on the same batches, on from `state`. Returns whether Ctrl-C ended it."""
+def build(args, selective=True):
+    """A new model and its optimizer, always with the same first weights."""
+    torch.manual_seed(args.seed)
+    size = (16, 64, 2) if args.task == "copying" else (256, 128, 6)  # vocab, d_model, n_layer
+    model = Mamba(*size, selective=selective, compile=not args.quick).to(args.device)
+    return model, torch.optim.Adam(model.parameters())
+
+
+def loss_and_accuracy(model, ids, answers):
+    """Cross entropy in nats and the share of right answers, at the last positions of ids."""
+    logits = model(ids)[:, -answers.shape[1] :]  # (n, answers, vocab)
+    loss = F.cross_entropy(logits.mT, answers)  # .mT: it wants (n, vocab, answers)
+    return loss, (logits.argmax(-1) == answers).float().mean()
+
+
+def train(model, optimizer, text, args, done=0, save=None):
+    """Trains from step done + 1 to args.steps, or until Ctrl-C -> whether Ctrl-C it was."""
     from tqdm import tqdm
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    first, stop, t0 = state["step"], [], time.time()
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C: ends after the step
-    for step in tqdm(range(first + 1, args.steps + 1), disable=rank > 0 or None):
-        x, y = (t[rank::world] for t in batch(args, step))  # each process takes its share
-        part = step / args.steps  # warm-up, then half a cosine
-        lr = args.lr * min(1.0, part / 0.05) * (1 + math.cos(math.pi * part)) / 2
-        for name, model in models.items():
-            logits = model(x)[:, -y.shape[1] :]  # the answers are read off the last positions
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-            optimizers[name].param_groups[0]["lr"] = lr
-            optimizers[name].zero_grad(); loss.backward()  # fmt: skip
-            right = (logits.argmax(-1) == y).float().mean()
-            now = torch.stack([loss.detach(), right, loss.new_tensor(float(len(stop)))])
-            if world > 1:  # means over the processes: the whole batch's
-                for t in (now, *(p.grad for p in model.parameters())):
-                    dist.all_reduce(t.div_(world))
-            loss, acc, stopped = now.tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the {name} model's loss is {loss} at step {step}")
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers[name].step()
-            state["history"].append((step, name, loss, acc))
-        state["step"] = step
-        if rank == 0 and (stopped or step % args.log_every == 0 or step == args.steps):
-            rows = state["history"][-len(models) :]
-            now = " | ".join(f"{n} loss {l:.4f} acc {a:.3f}" for _, n, l, a in rows)
-            ms = (time.time() - t0) / (step - first) * 1e3
-            tqdm.write(f"step {step:5d}/{args.steps} | {now} | {ms:.0f} ms/step")
-            if args.save:  # beside its place, then moved there: a crash leaves the old one
-                for key, things in {"models": models, "optimizers": optimizers}.items():
-                    state[key] = {name: thing.state_dict() for name, thing in things.items()}
-                torch.save(state, args.save + ".tmp")
-                os.replace(args.save + ".tmp", args.save)
-        if stopped:
-            return True
-    return False
+    stop = []
+    with contextlib.suppress(ValueError):  # a thread can't handle signals
+        signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    for step in tqdm(range(done + 1, args.steps + 1), disable=args.rank > 0):
+        ids, answers = batch(args, args.batch_size, text, step)
+        mine = slice(args.rank, None, args.world)  # each process takes its share of the batch
+        part = step / args.steps
+        optimizer.param_groups[0]["lr"] = args.lr * min(20 * part, 1 - part)  # up, then down to 0
+
+        loss, accuracy = loss_and_accuracy(model, ids[mine], answers[mine])
+        optimizer.zero_grad()
+        loss.backward()
+        if args.world > 1:  # the mean over the equal shares is the gradient of the whole batch
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= args.world
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not norm.isfinite():
+            raise SystemExit(f"mamba.py: loss {loss} or its gradient not finite at step {step}")
+        optimizer.step()
+
+        if stop or step % 100 == 0 or step == args.steps:
+            tqdm.write(f"step {step}/{args.steps} | loss {loss:.4f} | accuracy {accuracy:.3f}")
+            if save:
+                save_checkpoint(save, step, model, optimizer, args)
+        if stop:
+            break
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return stop
 
 
-# ---- 7. Evaluation and picture ----
+def save_checkpoint(path, step, model, optimizer, args):
+    """All that the next step depends on; the text comes from args.data again."""
+    state = dict(
+        script="mamba",
+        step=step,
+        args=vars(args),
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+    )
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)  # all or nothing: a crash while saving leaves the old file
+
+
+def load_checkpoint(args, model, optimizer):
+    """Fills model and optimizer from args.load -> the number of steps that were done."""
+    state = torch.load(args.load, map_location="cpu", weights_only=True)
+    if state["script"] != "mamba":
+        raise ValueError(f"{args.load} is not a checkpoint of mamba.py")
+    for name in ("task", "data", "seed", "batch_size", "lr"):  # else it would be another run
+        if state["args"][name] != getattr(args, name):
+            raise ValueError(f"{args.load} was trained with {name} = {state['args'][name]}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+# ---- 10. Evaluation and picture ----
 
 
 @torch.no_grad()
-def read(model, ids: Tensor, last: int, piece: int = 1024) -> Tensor:
-    """Logits of the last positions of ids (B, L), read piece by piece with the state handed on."""
-    if not model.backbone["layers"][0]["mixer"].selective:
-        return model(ids)[:, -last:]
-    state, tail = None, ids.new_empty(len(ids), 0, model.lm_head.out_features)
-    for part in ids.split(piece, 1):
-        logits, state = model(part, state, return_state=True)
-        tail = torch.cat([tail, logits], 1)[:, -last:]
-    return tail
+def evaluate(models, ids, answers):
+    """Prints the accuracy of each model, and what a text model writes -> the metric."""
+    line = "test (copying: chance .071, paper .998, LTI .564)"
+    for name in reversed(models):  # the selective model last: the metric is its accuracy
+        loss, accuracy = loss_and_accuracy(models[name], ids, answers)
+        line += f" | {name} {accuracy:.4f} (loss {loss:.4f} nats)"
+    if answers.shape == ids.shape:  # a text
+        sample = models[name].generate(ids[:1, :1], 300)[0]
+        print(bytes(sample.tolist()).decode(errors="replace"))
+    print(line)
+    return accuracy.item()
 
 
-def accuracy(model, args, batches: int, length: int) -> float:
-    """Share of right answers on fresh batches: of steps 10^9 on, which training never reaches."""
-    fresh = [batch(args, 10**9 + i, length) for i in range(batches)]
-    right = [read(model, x, y.shape[1]).argmax(-1) == y for x, y in fresh]
-    return torch.cat(right).float().mean().item()
+@torch.no_grad()
+def memory(model, ids):
+    """(L, L): in row t, column s, token t's share of the first layer's state at time s."""
+    # The state is a sum over the tokens so far, each faded by the A_bar since. The share is by the
+    # length of these vectors.
+    mixer = model.backbone.layers[0].mixer
+    seen = []
+    hook = mixer.conv1d.register_forward_hook(lambda module, x, y: seen.append(y))
+    model(ids)
+    hook.remove()
+    u = F.silu(seen[0][0]).T  # (L, D)
+    dt, B, _ = mixer.select(u)
+    dt = dt.expand_as(u)[..., None]  # (L, D, 1)
+    A_bar = exp(-dt * exp(mixer.A_log))  # (L, D, N)
+    B_bar_u = dt * u[..., None] * (B[:, None] if mixer.selective else B)  # (L, D, N)
+    left = 0 * A_bar
+    columns = []
+    for s in range(len(u)):
+        left = A_bar[s] * left  # what is left of the tokens before
+        left[s] = B_bar_u[s]  # and what comes in
+        column = left.flatten(1).norm(dim=1)  # (L,)
+        columns.append(column / column.sum())
+    return stack(columns, 1).cpu()
 
 
-def text_loss(model, text: Tensor, length: int) -> float:
-    """Nats per byte of a text cut into windows of `length`, each read from an empty state."""
-    n = (len(text) - 1) // length
-    x, y = (t[: n * length].view(n, length) for t in (text[:-1], text[1:]))
-    logits = torch.cat([read(model, rows, length).flatten(0, 1) for rows in x.split(64)])
-    return F.cross_entropy(logits, y.flatten()).item()
-
-
-def draw_picture(args, models, history, x, table):
-    """Left: learning curves. Right: accuracy by length, or the step size Delta over sequence x."""
+def draw_picture(path, models, ids):
+    """What the first layer's state is made of, at each time: a column sums to one."""
+    # How to read it (brightness: the root of the share): a token comes in on the diagonal. A bright
+    # line from there to the right is a token that is kept. The selective model should have such
+    # lines for the eight tokens to copy, and dark between them; each is a few rows high, as the
+    # convolution shows a token to the next three positions. In the LTI model the blanks take their
+    # share of the state like all others.
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(12, 4), layout="tight")
-    a, b = fig.subplots(1, 2, width_ratios=[1, 1.6])
-    for name in models:
-        acc = [acc for _, n, _, acc in history if n == name]
-        k = min(20, len(acc))
-        a.plot(range(k, len(acc) + 1), torch.tensor(acc).unfold(0, k, 1).mean(-1), label=name)
-    a.set(title=f"{args.task}: training accuracy (mean of {k})", xlabel="step", ylim=(0, 1.02))
-    a.legend(loc="lower right")
-    if table:
-        b.semilogx(*zip(*table), "o-", base=2)
-        b.set(title="accuracy by length (dotted: trained)", xlabel="tokens", ylim=(0, 1.02))
-        b.axvline(args.length, color="gray", ls=":")
-    else:
-        mixer, seen = models["selective"].backbone["layers"][-1]["mixer"], []
-        hook = mixer.x_proj.register_forward_pre_hook(lambda _, u: seen.append(u[0]))
-        with torch.no_grad():
-            models["selective"](x[None])
-            dt = mixer.select(seen[0])[0][0].median(-1).values.cpu()
-        hook.remove()
-        b.set(title="step size Delta in the last layer, median of the channels", xlabel="position")
-        bars = b.bar(range(len(dt)), dt, 1.0, color="lightgray")
-        if args.task == "copying":
-            color = {"data": "tab:red", "the 3 places after it": "lightsalmon"}
-            color["marker"] = "tab:blue"
-            data = (x > 0) & (x < 15)  # the convolution shows a token to four positions
-            near = F.pad(data[None].float(), (3, 0)).unfold(1, 4, 1).amax(-1)[0]
-            for bar, hit, by, t in zip(bars, data, near, x):
-                kind = "data" if hit else "marker" if t == 15 else "the 3 places after it"
-                bar.set_color(color[kind] if hit or by or t == 15 else "lightgray")
-            b.legend([b.bar(0, 0, color=c) for c in color.values()], color, loc="upper center")
-        else:
-            b.set_xticks(range(len(dt)), [chr(t) if 32 < t < 127 else " " for t in x.tolist()])
-    fig.savefig(os.path.join(args.out, "mamba.png"), dpi=110)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for i, name in enumerate(models):
+        axes = figure.add_subplot(1, len(models), i + 1)
+        axes.set(title=f"{name}: what its state is made of", xlabel="time", ylabel="token")
+        axes.imshow(memory(models[name], ids).sqrt(), cmap="magma")
+    figure.savefig(path)
 
 
-# ---- 8. Command line ----
-
-TASKS = ["copying", "induction", "lm"]
-DEFAULTS = {  # by task, --quick, least, most, meaning
-    "steps": (1500, 2000, 2000, 4, 1, 10**8, "of training (paper: 400,000 for copying)"),
-    "batch_size": (48, 32, 12, 4, 1, 10**6, "sequences (paper: 64, induction 8)"),
-    "length": (104, 256, 64, 40, 20, 10**7, "tokens (paper: 4096, 256)"),
-    "lr": (6e-3, 3e-3, 4e-3, 1e-3, 1e-12, 9.0, "peak rate (paper: 1e-4, 1e-3)"),
-    "seed": (0, 0, 0, 0, 0, 10**8, "of weights and batches"),
-    "log_every": (100, 100, 100, 100, 1, 10**8, "steps between log lines"),
-}
+# ---- 11. Command line ----
 
 
 def parse(argv):
-    """-> args, models, optimizers, state, fresh or loaded. Bad input: one line, exit 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """-> arguments, texts, model, optimizer, steps done. Bad input ends here, before training."""
+    parser = argparse.ArgumentParser(description="Mamba: selective copying, or a text model")
     flag = parser.add_argument
-    flag("--task", choices=TASKS, help="default copying; other defaults follow this order")
-    flag("--data", help="for --task lm: a text's bytes, its last tenth (128 kB at most) the test")
-    for name, (*values, _, _, _, text) in DEFAULTS.items():
-        shown = values if len({*values}) > 1 else values[:1]
-        text = f"default {' / '.join(f'{v:g}' for v in shown)}: {text}"
-        flag(f"--{name.replace('_', '-')}", type=type(values[0]), help=text)
-    flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default auto")
-    flag("--out", default="out", help="folder for the picture, default out")
-    flag("--save", help="checkpoint to write, at every log line and at the end")
-    flag("--load", help="checkpoint to evaluate; with a larger --steps, to go on training")
-    flag("--quick", action="store_true", help="seconds: every part runs, nothing is shown")
-    flag("--target", type=float, help="exit 1 if the metric of the last line misses this")
-    flag("--no-compile", action="store_true", help="run the scan eagerly: no compiler, no warm-up")
-    args, state = parser.parse_args(argv), {"step": 0, "history": []}
-    try:
+    flag("--task", choices=["copying", "lm"], default="copying")
+    flag("--data", help="for --task lm: any file; its last tenth is the test")
+    flag("--steps", type=int, default=2400, help="of training (paper: 400,000)")
+    flag("--batch-size", type=int, default=24, help="sequences, of all processes (paper: 64)")
+    flag("--lr", type=float, default=6e-3, help="learning rate, at its peak (paper: 1e-4)")
+    flag("--seed", type=int, default=0)
+    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"))
+    flag("--out", default="out", help="folder for the picture")
+    flag("--save", help="checkpoint to write, every 100 steps and at the end")
+    flag("--load", help="checkpoint to go on from, up to --steps, and to evaluate")
+    flag("--quick", action="store_true")  # 4 small steps of everything, for a test
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.steps = args.batch_size = 4
+    args.world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets both
+    args.rank = int(os.environ.get("RANK", 0))
+    if args.rank:  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")
+        args.save = None
+    try:  # an error becomes one line on stderr and exit status 2
+        import matplotlib.figure, tqdm  # noqa: E401, F401, I001  missing ones are noticed now
+
+        if args.steps < 1 or not 0 < args.lr < 10:
+            raise ValueError("--steps must be at least 1, --lr in (0, 10)")
+        if args.batch_size < 1 or args.batch_size % args.world:
+            raise ValueError("--batch-size must be at least 1, and the same for each process")
+        if (args.task == "lm") != bool(args.data):
+            raise ValueError("--task lm and --data FILE go together")
+        texts = load_text(args.data) if args.data else (None, None)
+        if args.world > 1:
+            dist.init_process_group()  # gloo for CPUs, nccl for GPUs
+            if args.device == "cuda":
+                args.device = f"cuda:{args.rank}"
+        model, optimizer = build(args)
+        done = 0
         if args.load:
-            state = torch.load(args.load, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or state.get("script") != "mamba":
-                raise ValueError(f"{args.load} is not a checkpoint of this script")
-        own = state["args"] | {"steps": state["step"]} if args.load else {}
-        args.task = args.task or own.get("task", "copying")
-        if args.task != own.get("task", args.task):
-            raise ValueError(f"{args.load} was trained on --task {own['task']}")
-        args.data = args.data or own.get("data")
-        for name, (*values, quick, low, high, _) in DEFAULTS.items():
-            if getattr(args, name) is None:
-                default = quick if args.quick else values[TASKS.index(args.task)]
-                setattr(args, name, own.get(name, default))
-            if not low <= getattr(args, name) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
-        if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-            raise ValueError("--batch-size must be a multiple of the number of processes")
+            done = load_checkpoint(args, model, optimizer)
         os.makedirs(args.out, exist_ok=True)
-        for path in filter(None, (args.save, os.path.join(args.out, "mamba.png"))):
-            if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-                raise ValueError(f"cannot write {path}")  # now, not after the training
-        if args.device == "auto":  # cuda, mps or what else there is
-            args.device = str(torch.accelerator.current_accelerator(True) or "cpu")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=args.device)
-        if args.task == "lm":
-            if not args.data:
-                raise ValueError("--task lm needs --data FILE")
-            with open(args.data, "rb") as file:
-                text = torch.frombuffer(bytearray(file.read() or b" "), dtype=torch.uint8).long()
-            if len(text) < 20 * args.length:
-                raise ValueError(f"{args.data} is too short: needs {20 * args.length} bytes")
-        args.no_compile |= args.quick
-        torch.manual_seed(args.seed)
-        size, models, optimizers = ((256, 128, 6) if args.task == "lm" else (16, 64, 2)), {}, {}
-        for name in ["selective", "LTI"][: 2 if args.task == "copying" else 1]:
-            model = Mamba(*size, selective=name == "selective", compile=not args.no_compile)
-            models[name] = model.to(args.device)
-            # no weight decay: it would draw A and D, and with them the memory's length, to zero
-            optimizers[name] = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.98))
-            if args.load:
-                model.load_state_dict(state["models"][name])
-                optimizers[name].load_state_dict(state["optimizers"][name])
+        if args.save:  # a path that can't be written is found now
+            save_checkpoint(args.save, done, model, optimizer, args)
     except Exception as error:
-        parser.error(" ".join(str(error).split())[:300] or type(error).__name__)
-    state |= {"script": "mamba", "args": dict(vars(args))}
-    if args.task == "lm":
-        args.text, args.test = text[: -len(text) // 10], text[-len(text) // 10 :].to(args.device)
-    return args, models, optimizers, state
+        parser.error(" ".join(str(error).split()))
+    return args, texts, model, optimizer, done
 
 
-def main(argv=None) -> int:
-    args, models, optimizers, state = parse(argv)
-    t0, best, table, stopped = time.time(), models["selective"], [], False
-    few, lm, rank = 2 if args.quick else 16, args.task == "lm", int(os.environ.get("RANK", 0))
-    count = sum(p.numel() for p in best.parameters()) / 1e6
-    kind = f"bytes {len(args.text)}/{len(args.test)}" if lm else f"{args.task} length {args.length}"
-    if rank == 0:
-        print(f"mamba | {count:.2f}M parameters | {args.device} | seed {args.seed} | {kind}")
-        if state["step"] < args.steps and not args.no_compile:
-            print("compiling the scan: some 20 s the first time, then from its cache", flush=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        stopped = train(models, optimizers, args, state)
-    except FloatingPointError as error:
-        print(f"mamba.py: stopped: {error}", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if rank:  # the other processes of torchrun are done
-        return 0
-    seconds, x = time.time() - t0, None if lm else batch(args, 10**9, args.length)[0][0]
-    if lm:
-        g, test = torch.Generator(args.device).manual_seed(args.seed), args.test
-        test = test[: max(500 * few**2, 2 * args.length)]
-        sample = best.generate(test[None, :1], 20 * few, generator=g, top_k=40)
-        if hasattr(sys.stdout, "reconfigure"):  # not every terminal has every character
-            sys.stdout.reconfigure(errors="replace")
-        print(bytes(sample[0].tolist()).decode("utf-8", "replace"))
-        nats, windows = text_loss(best, test, len(test) - 1), text_loss(best, test, args.length)
-        p = args.text.bincount(minlength=256) / len(args.text)
-        metric, x = nats / math.log(2), test[:96]
-        line = f"test bits per byte {metric:.3f} (nats {nats:.3f}; in windows of {args.length} "
-        line += f"{windows:.3f}) | byte frequencies {torch.special.entr(p).sum() / math.log(2):.3f}"
-    elif args.task == "induction":
-        for length in [2**k for k in range(6, 9 if args.quick else 17)]:
-            table.append((length, accuracy(best, args, max(1, few // 8), length)))
-            print(f"length {length:6d} | test acc {table[-1][1]:.3f}", flush=True)
-        metric = table[-1][1]
-        line = f"test acc at {length} {metric:.3f} | chance {1 / 15:.3f} | paper 1.000"
-    else:
-        metric, lti = (accuracy(model, args, few, args.length) for model in models.values())
-        line = f"test acc selective {metric:.4f} | LTI {lti:.4f} | chance {1 / 14:.3f}"
-        line += " | paper .998 / .564"
-    draw_picture(args, models, state["history"], x, table)
-    print(f"{line} | {seconds:.0f} s")
-    missed = args.target is not None and (metric > args.target if lm else metric < args.target)
-    return 130 if stopped else int(missed)
+def main(argv=None):
+    args, (text, test), model, optimizer, done = parse(argv)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"mamba | {size:.2f}M parameters | {args.device} | seed {args.seed} | {args.task}")
+    models = {"selective": model}
+    stopped = train(model, optimizer, text, args, done, args.save)
+    if not stopped:
+        models["LTI"], its_optimizer = build(args, selective=False)
+        train(models["LTI"], its_optimizer, text, args)
+    ids, answers = batch(
+        args, 16 * args.batch_size, test, 1_000_000_000
+    )  # training never comes to this step
+    metric = evaluate(models, ids, answers)
+    draw_picture(f"{args.out}/mamba.png", models, ids[:1])
+    return metric
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

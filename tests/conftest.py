@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import runpy
 import signal
 import sys
 
@@ -46,7 +45,8 @@ def torchrun(tmp_path, monkeypatch):
         def as_function(args):
             config = parsed(args)[0]
             config.start_method = "forkserver"
-            return config, runpy.run_path, (argv[0], None, "__main__")
+            # exec, because it returns nothing: what comes back has to be pickled
+            return config, exec, (f"import runpy; runpy.run_path({argv[0]!r}, None, '__main__')",)
 
         if sys.platform == "linux" and not command:
             multiprocessing.set_forkserver_preload(WARM)

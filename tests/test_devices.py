@@ -168,6 +168,12 @@ def test_gpu_gives_the_loss_and_gradients_of_the_cpu(name, monkeypatch):
 def test_every_script_runs_and_resumes_on_a_gpu(file, tmp_path):
     main = importlib.import_module(file.stem).main
     flags = ["--quick", "--device", GPU, "--out", str(tmp_path)]
-    assert main([*flags, "--save", str(tmp_path / "a.pt")]) == 0
+    first = main([*flags, "--save", str(tmp_path / "a.pt")])
+    if isinstance(
+        first, float
+    ):  # a file of the second edition: the metric, and --quick's own steps
+        assert main([*flags, "--load", str(tmp_path / "a.pt")]) == pytest.approx(first, abs=0.05)
+        return
+    assert first == 0
     more = torch.load(tmp_path / "a.pt", weights_only=True)["args"]["steps"] + 8
     assert main([*flags, "--load", str(tmp_path / "a.pt"), "--steps", str(more)]) == 0
