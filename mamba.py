@@ -32,8 +32,8 @@ Differs  As the official code: B_bar = dt B in place of Eq. 4's; a skip D u, whi
 Run      python mamba.py                           # selective copying, 4 minutes on 2 cores
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
          torchrun --nproc-per-node 2 mamba.py      # the batch shared out between processes
-Expect   copying, seeds 0-4: selective .9999 +- .0002, worst .9997 | LTI .716 +- .020 | chance .071 |
-         paper .998, .564 (at 4,096 tokens). More: tests/RESULTS.md
+Expect   copying, seeds 0-4: selective .9999 +- .0002, worst .9997 | LTI .716 +- .020 | chance
+         .071 | paper .998, .564 (at 4,096 tokens). More: tests/RESULTS.md
 """
 
 import argparse
