@@ -29,7 +29,7 @@ Differs  As the official code: B_bar = dt B in place of Eq. 4's; a skip D u, whi
          (1e-4, constant), sequences that grow during training.
          LTI, its baseline, is the same block with constant dt, B, C for each channel (Table 1:
          "Mamba, S4"), A real and diagonal as in Mamba; the models differ in size by 3 %.
-Run      python mamba.py                           # selective copying, 4 minutes on 2 cores
+Run      python mamba.py                           # selective copying, some 4 minutes on 2 cores
          python mamba.py --task lm --data FILE     # bytes of a text file; prints a sample
          torchrun --nproc-per-node 2 mamba.py      # the batch shared out between processes
 Expect   copying, seeds 0-4: selective .9999 +- .0002, worst .9997 | LTI .716 +- .020 | chance
@@ -595,7 +595,7 @@ def build(args, selective=True):
     size = (16, 64, 2) if args.task == "copying" else (256, 128, 6)  # vocab, d_model, n_layer
     model = Mamba(*size, selective=selective, compile=not args.quick).to(args.device)
     # beta2 = .98: Adam's mean of squared gradients is over 50 steps, where .999 has 1,000, a third
-    # of this short training. With .999 the loss fell more slowly (seed 14: tests/RESULTS.md).
+    # of this short training. On the one seed tried, .999 was slower (tests/RESULTS.md).
     return model, torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
 
 

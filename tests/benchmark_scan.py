@@ -1,6 +1,6 @@
 """Speed, memory and accuracy of `mamba.selective_scan`, as ratios to other ways to run the scan.
 
-    python tests/benchmark_scan.py            # some 8 minutes on two cores
+    python tests/benchmark_scan.py            # some 10 minutes on two cores
     python tests/benchmark_scan.py --gpu      # on CUDA, beside the official kernel if installed
 
 Three starts of a process, without and with glibc told to keep its pages; in each the competitors
