@@ -159,9 +159,9 @@ def run_ssm(u, dt, B, C, A, D, h):
     hs = []
     # unbind, and not u[:, t]: the gradient of an index is a tensor of zeros as large as all of u,
     # so L of them would make the backward pass quadratic in L.
-    for u_t, dt_t, B_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1)):
+    for dt_t, dtu_t, B_t in zip(dt.unbind(1), (dt * u).unbind(1), B.unbind(1)):
         A_bar = exp(dt_t[:, None] * A)  # (B, N, D)  Eq. 4
-        B_bar_u = B_t[..., None] * (dt_t * u_t)[:, None]  # (B, N, D)
+        B_bar_u = B_t[..., None] * dtu_t[:, None]  # (B, N, D)
         h = A_bar * h + B_bar_u  # (B, N, D)  Eq. 2a
         hs.append(h)
     y = (stack(hs, 1) * C[..., None]).sum(2)  # (B, L, D)  Eq. 2b
