@@ -1,4 +1,4 @@
-"""Times transformer.py against torch.nn.Transformer, and decoding with and without the cache.
+"""Times transformer.py against torch.nn.Transformer, and against the GRU by sentence length.
 
     python tests/benchmark_transformer.py [--rounds 15] [--threads 1]
 
@@ -80,18 +80,13 @@ def main():
             ms = alternate(calls, args.rounds)
             size = f"d {d} N {N} V {V} batch {B} x {T} dropout {dropout}"
             print(f"  {size}: " + " | ".join(f"{n} {t:.1f}" for n, t in ms.items()))
-    print("decoding 128 tokens, batch 8, d 256, N 3")
-    model = tr.Transformer(1000, 256, 3, 8, 512, 0.0).eval()
-    model.eos_id = model.pad_id  # never ends: its logit is -inf
-    src = torch.randint(3, 1000, (8, 20))
-    for beam in (1, 4):
-        calls = {
-            name: lambda cache=cache, beam=beam: model.beam_search(src, beam, 0.6, 108, cache)
-            for name, cache in (("cached", True), ("uncached", False))
-        }
-        ms = alternate(calls, max(1, args.rounds // 7))
-        line = " | ".join(f"{n} {t:.0f}" for n, t in ms.items())
-        print(f"  beam {beam}: {line} | {ms['uncached'] / ms['cached']:.1f}x")
+    print("2,048 + 2,048 tokens a step, as many short sentences or fewer long ones")
+    for L in (16, 64, 256, 1024):
+        src, tgt = torch.randint(3, 64, (2048 // L, L)), torch.randint(3, 64, (2048 // L, L + 1))
+        calls = {"Transformer": step_of(tr.Transformer(64, 64, 2, 4, 256), src, tgt)}
+        calls["GRU"] = step_of(tr.Recurrent(64, 90), src, tgt)
+        ms = alternate(calls, args.rounds)
+        print(f"  length {L}: " + " | ".join(f"{n} {t:.1f}" for n, t in ms.items()))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ MODELS = {
         (ids(2, 5), ids(2, 6)),
         lambda model, x, y: m.label_smoothing_loss(model(x, y[:, :-1]), y[:, 1:], 0.1, 0),
     ),
+    "gpt": lambda m: (m.GPT(16, 8, 16, 1, 2), (ids(2, 6),)),
+    "bert": lambda m: (m.Bert(m.Encoder(16, 16, 1, 2, 12)), (ids(2, 6), 0 * ids(2, 6))),
     "vit": lambda m: (
         m.ViT(16, 8, num_classes=3, dim=16, depth=1, heads=2),
         (images(2, 3, 16, 16),),

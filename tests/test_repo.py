@@ -149,7 +149,7 @@ ALL += ["--lr -1", "--log-every 0", "--out file", "--out taken", "--save .", "--
 ALL += ["--nonsense"]
 IMAGES = ["missing", "truncated", "pickled", "float", "shape", "labels", "part"]
 IMAGES = [f"--data {name}.npz" for name in IMAGES] + ["--data good.npz --batch-size 999"]
-TAKES_IMAGES = "vae cvae gan diffusion vit s4 simclr moco dino mae simclr_v2".split()
+TAKES_IMAGES = "vae cvae gan diffusion vit simclr moco dino mae simclr_v2".split()
 TAKES_IMAGES += ["video_diffusion"]
 
 
@@ -210,7 +210,7 @@ def numbers(x):
 
 @pytest.mark.parametrize(
     "name, flags",
-    [("s4", []), ("vit", []), ("transformer", ["--dropout", "0"])],
+    [("vit", [])],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_two_processes_train_as_one(name, flags, torchrun, tmp_path):
@@ -226,7 +226,7 @@ def test_two_processes_train_as_one(name, flags, torchrun, tmp_path):
 # ---- the second edition ----
 
 second = pytest.mark.parametrize("file", SECOND, ids=lambda f: f.stem)
-SHARES = ["mamba"]  # the batch, under torchrun
+SHARES = ["mamba", "transformer", "gpt"]  # the batch, under torchrun
 
 
 def script(file):
@@ -250,6 +250,9 @@ BAD = ["--device abacus", "--load none.pt", "--load another.pt", "--load list.pt
 BAD += ["--load broken.pt", "--load .", "--steps 0", "--steps 1.5", "--batch-size 0", "--lr nan"]
 BAD += ["--lr -1", "--out file", "--save none/x.pt", "--save .", "--nonsense"]
 BAD_FOR = {"mamba": ["--task lm", "--data file", "--task lm --data none", "--task lm --data file"]}
+BAD_FOR["transformer"] = ["--data file", "--data none"]
+BAD_FOR["infini_attention"] = ["--data file", "--data none", "--update none"]
+BAD_FOR["gpt"] = ["--data file", "--data none", "--context 0", "--context 400001"]
 
 
 @second
@@ -374,6 +377,8 @@ def test_two_processes_train_to_the_weights_of_one(name, torchrun, tmp_path):
     importlib.import_module(name).main([*flags, str(tmp_path / "1.pt")])
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True)["model"] for n in (1, 2))
     for key, weights in one.items():
+        if "W_k.bias" in key:  # changes no softmax: its gradient is rounding, which Adam enlarges
+            continue
         torch.testing.assert_close(two[key], weights, rtol=1e-3, atol=1e-5)
 
 
