@@ -746,7 +746,7 @@ def draw_picture(path, model, src, tgt, index):
     model(src[None], F.pad(tgt[None], (1, -1), value=1), weights)
     names = list(index)
     figure = Figure(figsize=(14, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="looks at, in one step (keys)", ylabel="says (queries)")
+    axes = figure.add_subplot(xlabel="looks at (keys: the source)", ylabel="says (queries)")
     axes.imshow(weights[-1][0].mean(0).cpu(), "magma", aspect="auto")  # (T, S)
     axes.set_xticks(range(len(src)), [names[t] for t in src])
     axes.set_yticks(range(len(tgt)), [names[t] for t in tgt])
