@@ -638,8 +638,8 @@ def load_checkpoint(args, model, optimizer):
 #
 # Does pre-training pay? Two networks learn from the same few labels: one starts with what it has
 # read, the other with random weights. Beside them stands a judge that is no network: logistic
-# regression on the strings of 1 to 4 bytes in a window (tf-idf: rare strings weigh more). It is a
-# strong one, as packages differ in the names they use, and such strings are pieces of names.
+# regression on the strings of 1 to 4 bytes in a window (tf-idf: rare strings weigh more). Such
+# strings are pieces of names, and packages differ in the names that they use.
 
 
 @no_grad()
@@ -767,9 +767,7 @@ def parse(argv):
 def main(argv=None):
     args, vocabulary, windows, data, model, optimizer, done = parse(argv)
     size = sum(p.numel() for p in model.parameters())
-    print(  # the first line that a demo prints
-        f"bert | {size / 1e6:.2f}M parameters | {args.device} | seed {args.seed} | ten packages"
-    )
+    print(f"bert | {size / 1e6:.2f}M parameters | {args.device} | seed {args.seed} | ten packages")
 
     def loss_at(step):
         x = windows[randint(len(windows), (args.batch_size,))]

@@ -26,8 +26,8 @@ Symbols  here | in the papers | what. In shapes: B sequences, T tokens, S keys, 
          x | h_l | the residual stream (B, T, D)    `context` | k | the most tokens it can look at
 Differs  Tokens of the demo are bytes, not byte-pair codes: V = 256 in place of 50,257.
          The demo is small, to end in minutes: D = 64, 4 blocks, context 64, 6,000 steps of 8
-         windows (GPT-2: up to 1600, 48, 1,024 and batches of 512). With as many bytes a step,
-         contexts of 128 and 256 learned more slowly (tests/RESULTS.md).
+         windows (GPT-2: up to 1600, 48, 1,024 and batches of 512). With as many bytes a step, a
+         context of 256 learned more slowly than one of 128 (one seed, tests/RESULTS.md).
          A rate that rises to 5.7e-3 and falls, both linearly (GPT: 2.5e-4, falls as a cosine).
          No dropout (GPT: .1): the demo draws .8 times as many bytes as its text has.
 Run      python gpt.py                       # Python's own library, 2.6 minutes of a core
@@ -588,9 +588,9 @@ def xz(text, test):
 # asks: whose predecessor was x? In ".. x y .. x" this is y. Its value says "y", and y is
 # predicted.
 #
-# The second head can't work before the first does. After the demo's few minutes there is a first
-# one (.4 of its weight is on the byte before), and not yet a second: the second showing costs as
-# much as the first.
+# The second head can't work before the first does. After the demo's training there is a first one
+# (.4 of its weight is on the byte before, seed 4), and not yet a second: the second showing costs
+# as much as the first.
 
 
 def repeats():
